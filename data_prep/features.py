@@ -99,13 +99,11 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
     return [medium for medium in media if medium.name not in done.rows]
 
 
-def compute(
-    media: Sequence[Medium], encoder: FeatureEncoder, to: Path, *, root: Path, options: argparse.Namespace
-) -> BadSampleLedger:
+def compute(media: Sequence[Medium], encoder: FeatureEncoder, options: argparse.Namespace) -> BadSampleLedger:
     """Computes the features this part lacks; returns what could not be read."""
-    part, parts = options.part
+    (part, parts), to = options.part, options.to
     total = max(1, len(media[part::parts]))
-    ledger = BadSampleLedger(max_bad_share=options.max_bad_share, total_samples=total, source=str(root))
+    ledger = BadSampleLedger(max_bad_share=options.max_bad_share, total_samples=total, source=str(options.root))
 
     def encode(frames: Tensor) -> Tensor:
         return encoder.sequence(torch.cat([encoder.encode(pixels) for pixels in frames.split(options.batch_size)]))
@@ -118,7 +116,7 @@ def compute(
         todo = missing(media[part::parts], to)
         files = MediaDataset(
             media=todo,
-            root=MediaFolder(root, options.follow_links),
+            root=MediaFolder(options.root, options.follow_links),
             preparation=encoder.preparation,
             sampling=encoder.settings.sampling,
             reader=reader,
@@ -192,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     encoder = FeatureEncoder(settings, device=device)
     with ended_by_signals(signal.SIGTERM):  # of launchers and queues
-        ledger = compute(media, encoder, options.to, root=options.root, options=options)
+        ledger = compute(media, encoder, options)
     counts = ledger.counts
     print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
     for name, reason in list(ledger.reasons.items())[:5]:

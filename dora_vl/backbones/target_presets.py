@@ -22,7 +22,6 @@ from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Modules = Mapping[str, nn.Module]
 NamesIn = Callable[[PreTrainedModel, str], list[str]]
 
 
@@ -98,7 +97,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_quantised(module)
 
 
-def _layers_in(modules: Modules) -> list[str]:
+def _layers_in(modules: Mapping[str, nn.Module]) -> list[str]:
     """Lists linear layers, without those in which an adapter would be bypassed."""
     linears = {name: module for name, module in modules.items() if _is_linear(module)}
     names = [name for name, module in linears.items() if is_adaptable_linear(name, module)]

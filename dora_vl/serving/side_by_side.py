@@ -278,8 +278,6 @@ Events = queue.SimpleQueue[tuple[int, Event]]
 
 @dataclass(frozen=True)
 class _Running:
-    """A question that is being answered."""
-
     submitted: list[SubmittedRequest] = field(default_factory=list)
     events: Events = field(default_factory=queue.SimpleQueue)
     """Brings the events of all columns, each with its column's number."""
