@@ -378,9 +378,7 @@ def compared(title: str, answers: Answers, expected: Answers) -> dict[str, Any]:
 
 def unlike(answers: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] | None) -> int | None:
     """Returns how many answers have other tokens; None where there is nothing to compare with."""
-    if others is None:
-        return None
-    return sum(answer["tokens"] != other["tokens"] for answer, other in zip(answers, others, strict=True))
+    return None if others is None else sum(a["tokens"] != b["tokens"] for a, b in zip(answers, others, strict=True))
 
 
 if __name__ == "__main__":

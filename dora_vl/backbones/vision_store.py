@@ -189,7 +189,6 @@ class ParquetFeatures(FeatureStore):
         return torch.from_numpy(numbers[row * length : (row + 1) * length].copy()).view(stored.tokens, stored.width)
 
     def _group(self, path: Path, number: int) -> np.ndarray:
-        """Returns the numbers of a row group, from memory or the file."""
         key = (path, number)
         if key not in self._groups:
             with _parquet_file(path) as opened:

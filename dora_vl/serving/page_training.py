@@ -468,7 +468,6 @@ def without_settings(advice: str) -> str:
 
 
 def _curve(record: RunRecord) -> Any:
-    """Returns the loss by step, and the validation's."""
     steps, losses = series(record.log, "loss")
     lines = {"training, smoothed": (steps, smoothed(losses)), "validation": series(record.log, "eval_loss")}
     points = [[*point, name] for name, line in lines.items() for point in zip(*line, strict=True)]
