@@ -169,15 +169,12 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
         )
     if not magnitudes:
         return {}
-    embedded = [name for name in tensors if ".lora_embedding_" in name]
-    if embedded:
+    if embedded := [name for name in tensors if ".lora_embedding_" in name]:
         raise UnservableAdapter(f"{embedded[0]} is an embedding's, whose magnitude is not served; {EXPORT}")
     factors = {name.removesuffix(end) for name in tensors for end in (LORA_A, LORA_B) if name.endswith(end)}
-    unpaired = sorted(layer for layer in magnitudes if not {layer + LORA_A, layer + LORA_B} <= tensors.keys())
-    if unpaired:
+    if unpaired := sorted(layer for layer in magnitudes if not {layer + LORA_A, layer + LORA_B} <= tensors.keys()):
         raise UnservableAdapter(f"{len(unpaired)} magnitudes without A and B: {short_names(unpaired)}; {EXPORT}")
-    without = sorted(factors - magnitudes.keys())
-    if without:
+    if without := sorted(factors - magnitudes.keys()):
         raise UnservableAdapter(
             f"{len(without)} layers without a magnitude: {short_names(without)}; the file is not whole"
         )
