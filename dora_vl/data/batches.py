@@ -159,8 +159,7 @@ class Collator:
             if dummy is not None and not any(_media(dummy) <= _media(sample) for sample in samples):
                 shown.append(dummy)
         if not shown:
-            nothing = torch.tensor([self.pad_token_id])
-            shown = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
+            shown = [Sample(torch.tensor([self.pad_token_id]), labels=torch.tensor([IGNORED_LABEL]))]
         return self._joined(shown) if self.packing == "plain" else self._forest(shown)
 
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -99,9 +99,7 @@ _LONGEST_ENDING = max(map(len, _MEDIA_FILE))
 
 def plain_name(name: str) -> str:
     """Returns a column's name as the table of roles spells it: in lower case, without spaces around it."""
-    if name in KNOWN:
-        return name
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
+    return name if name in KNOWN else re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def is_empty(value: object) -> bool:
@@ -126,11 +124,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping) and value.keys() != {"bytes", "path"}:
         return {name: without_nulls(content) for name, content in value.items() if content is not None}
     return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
-
-
-def is_nan_text(value: object) -> bool:
-    """Tells whether a text is what pandas' `astype(str)` makes of an empty cell."""
-    return isinstance(value, str) and value.strip().lower() == "nan"
 
 
 class Cell(str):
@@ -299,8 +292,7 @@ def kind_of_column(name: str) -> str:
     is_noted |= words[-1:] == ["by"] and words[0] in _NOTE_PARTICIPLES
     if is_noted or words[0] in counts or plain_name(name) in (*ROLES["id"], "parallel_tool_calls"):
         return NOTED
-    usual = FLAG if is_flag else TEXT if plain_name(name) in KNOWN and name != "extra" else ""
-    return kind or usual
+    return kind or (FLAG if is_flag else TEXT if plain_name(name) in KNOWN and name != "extra" else "")
 
 
 LIKELY_NAMES: Mapping[str, tuple[str, ...]] = {

@@ -30,7 +30,6 @@ from dora_vl.data.column_names import (
     flag_of,
     holds_media,
     is_empty,
-    is_nan_text,
     kind_of_column,
     lost_content,
     moment_of,
@@ -557,8 +556,7 @@ def _parse_list(text: str, role: str) -> object:
     if role in REPLIES:
         return value if lists_replies(value, role, in_cell=isinstance(text, Cell)) else text
     if role in ("prompt", "completion"):
-        is_conversation = isinstance(value, list) and value and isinstance(value[0], dict)
-        return value if is_conversation else text
+        return value if isinstance(value, list) and value and isinstance(value[0], dict) else text
     if value is text and role in ("images", "videos") and _BETWEEN.search(text) and not text.startswith("data:"):
         paths = _BETWEEN.split(text)
         return paths if all(map(holds_media, paths)) else text
@@ -567,7 +565,7 @@ def _parse_list(text: str, role: str) -> object:
 
 def _without_nan(row: Row, columns: Candidate) -> Row:
     """Returns the row with null for the text "nan" in these columns."""
-    empty = {name: None for name in columns if is_nan_text(row[name])}
+    empty = {name: None for name in columns if isinstance(text := row[name], str) and text.strip().lower() == "nan"}
     return {**row, **empty} if empty else row
 
 

@@ -183,8 +183,7 @@ class _Conversation:
                 message = f"turn {number} calls a tool, and the answer before it is marked differently for training"
                 raise Unusable(message)
             text, more[CALLS] = before.text, [*before.fields.get(CALLS, ()), *more.get(CALLS, ())]
-        more_text = as_json(more) if more else ""
-        self.turns.append(Turn(role, text, more=more_text, is_trained=is_trained))
+        self.turns.append(Turn(role, text, more=as_json(more) if more else "", is_trained=is_trained))
 
     def _turn_text(self, message: Mapping[str, object], what: str, number: int, role: Role) -> str:
         """Returns a turn's text: thoughts in front, and what is a tool's result without Hermes' tags."""

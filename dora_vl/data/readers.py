@@ -90,8 +90,7 @@ def _prompt_completion(row: Row) -> list[object]:
     """Reads `prompt` and `completion`, each text or a list of messages (TRL)."""
     messages = _earlier_rounds(row)
     for key, role in (("prompt", "user"), ("completion", "assistant")):
-        is_text = isinstance(row[key], str)
-        messages += [{"role": role, "content": row[key]}] if is_text else _messages(row, key)
+        messages += [{"role": role, "content": row[key]}] if isinstance(row[key], str) else _messages(row, key)
     return messages
 
 

@@ -333,8 +333,7 @@ HEADERS = 1_000
 def longest_indices(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
     """Returns the indices of the `count` longest samples, of all or of those in `among`."""
     order = sizes.lengths.argsort(descending=True, stable=True)
-    of_kind = order if among is None else order[among[order]]
-    return of_kind[:count].tolist()
+    return (order if among is None else order[among[order]])[:count].tolist()
 
 
 def places_of_largest_pictures(

@@ -241,5 +241,4 @@ def placeholder_first(text: str) -> str:
     """Returns a turn's text with its picture's place in front, on a line of its own: the published normalisation."""
     if IMAGE_PLACEHOLDER not in text:
         return text
-    rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
-    return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()
+    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()

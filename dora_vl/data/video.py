@@ -136,7 +136,7 @@ def read_video(
         try:
             with closing(BACKENDS[backend](path)) as video:
                 span = clip_span(start, end, duration=video.duration)
-                yield {"backend": backend, "duration": video.duration, "count": video.count, "span": span}, b""
+                yield {"backend": backend, "duration": video.duration, "count": len(video.begins), "span": span}, b""
                 if sampling is None:
                     return
                 wanted = SAMPLINGS[sampling[0]](**sampling[1])

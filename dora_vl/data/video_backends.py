@@ -62,8 +62,6 @@ class OpenVideo(ABC):
 
     duration: float
     """The last frame ends at this time."""
-    count: int
-    """Counts the frames."""
     begins: Sequence[float]
     """Lists the times at which the frames begin."""
 
@@ -101,7 +99,6 @@ class _DecordVideo(OpenVideo):
         with _named(*self._errors):
             times = self._reader.get_frame_timestamp(list(range(len(self._reader))))
         self.begins = [float(begin) for begin in times[:, 0] - times[0, 0]]
-        self.count = len(self.begins)
         self.duration = _end_of(self.begins, end=float(times[-1, 1] - times[0, 0]))
 
     def _open(self) -> None:
@@ -130,12 +127,13 @@ class _DecordVideo(OpenVideo):
 class _PyavVideo(OpenVideo):
     def __init__(self, path: str) -> None:
         self._av = import_backend("pyav")
+        self._errors = (self._av.error.FFmpegError, ValueError, EOFError)
         self._path = path
         self._open()
         shown: list[tuple[int, int]] = []  # only times and durations: the packets are the whole file
         self._keys: list[int] = []
         first, last, is_cut = math.inf, -math.inf, False
-        with self._readable():
+        with _named(*self._errors):
             for packet in self._container.demux():
                 is_cut = is_cut or packet.is_corrupt
                 if packet.pts is None:
@@ -165,23 +163,17 @@ class _PyavVideo(OpenVideo):
         self._pts = [pts for pts, _ in shown]
         self._tick = float(self._stream.time_base)
         self.begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
-        self.count = len(self.begins)
         self.duration = _end_of(self.begins, end=self.begins[-1] + shown[-1][1] * self._tick)
 
     def _open(self) -> None:
         allowed = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        with self._readable():
+        with _named(*self._errors):
             self._container = self._av.open(self._path, options=allowed)
             if not self._container.streams.video:
                 raise Unreadable("it has no video stream")
         self._stream = self._container.streams.video[0]
         refuse_size(self._stream.codec_context.width, self._stream.codec_context.height)
         self._stream.thread_type = "NONE"  # FFmpeg's threads inside data workers are known to lock each other
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        with _named(self._av.error.FFmpegError, ValueError, EOFError):
-            yield
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         decoded: Iterator[Any] = iter(())
@@ -196,7 +188,7 @@ class _PyavVideo(OpenVideo):
 
     def _decoded_from(self, key: int) -> Iterator[Any]:
         """Yields frames from one at or before `key`, or from the first where the container's seeking overshoots."""
-        with self._readable():
+        with _named(*self._errors):
             self._container.seek(key, stream=self._stream)
             decoded = self._container.decode(self._stream)
             first = next(decoded, None)
@@ -207,7 +199,7 @@ class _PyavVideo(OpenVideo):
         return self._container.decode(self._stream)
 
     def _next(self, decoded: Iterator[Any], pts: int) -> UInt8[np.ndarray, "height width 3"]:
-        with self._readable():
+        with _named(*self._errors):
             for frame in decoded:
                 if frame.pts == pts:
                     return np.ascontiguousarray(_upright(frame.to_ndarray(format="rgb24"), frame.side_data))

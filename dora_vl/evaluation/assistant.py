@@ -43,8 +43,7 @@ LEAST_REPEATED = 16
 def inputs_on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """Returns the model's own inputs from a batch, on its device."""
     added = {"labels", *BOOKKEEPING}  # by a collator
-    kept = {name: value for name, value in batch.items() if name not in added}
-    return dict(send_to_device(kept, device))
+    return dict(send_to_device({name: value for name, value in batch.items() if name not in added}, device))
 
 
 @dataclass(frozen=True)

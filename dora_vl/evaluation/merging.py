@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,11 +66,13 @@ def write_and_check(arguments: argparse.Namespace, *, for_vllm: bool = False) ->
     """Merges, or exports for vLLM, and checks unless that is switched off; yields the lines to print."""
     check, target = planned_check(arguments, arguments.adapter), arguments.to
     plan = plan_merge(arguments, _refuse_unserved if for_vllm else refuse_target)
+    dtype = arguments.dtype or "as in the base"
+    about = {"adapter": plan.adapter.source, "base": str(plan.base), "result": str(target), "weights": dtype}
     write, unmerged = _write_for_vllm if for_vllm else merge, partial(adapter_folder, plan, arguments)
     if check is None:
         yield from write(plan, arguments)
         if arguments.check is None and not for_vllm:
-            yield from check_logits(plan.adapter, plan.base, unmerged, target, about(plan, arguments))
+            yield from check_logits(plan.adapter, plan.base, unmerged, target, about)
         return
     with unmerged() as folder:
         source = unmerged_source(check, folder, plan.base, arguments.template)
@@ -82,17 +84,7 @@ def write_and_check(arguments: argparse.Namespace, *, for_vllm: bool = False) ->
             return unmerged_source(check, target / ADAPTER, base, arguments.template)
 
         yield from write(plan, arguments)
-        yield from check_answers(check, source, written, target, about(plan, arguments))
-
-
-def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
-    """Returns what `check.json` says of where the weights come from."""
-    return {
-        "adapter": plan.adapter.source,
-        "base": str(plan.base),
-        "result": str(arguments.to),
-        "weights": arguments.dtype or "as in the base",
-    }
+        yield from check_answers(check, source, written, target, about)
 
 
 @contextmanager

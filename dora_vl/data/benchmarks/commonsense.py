@@ -192,8 +192,7 @@ def cloze_row(raw: Raw, *, task: str, split: str) -> Example:
             raise row.error("its sentence has no blank (_) with words after it")
         contexts, endings = tuple(before + option for option in endings), (after.strip(),) * len(endings)
     extra = {"task": task, "correct": correct, "contexts": list(contexts), "endings": list(endings)}
-    answers = (Answer(text=endings[correct]),)
-    return Example(id=row.id, question=contexts[correct], answers=answers, extra=extra)
+    return Example(id=row.id, question=contexts[correct], answers=(Answer(text=endings[correct]),), extra=extra)
 
 
 def _context(task: str, question: str) -> str:
@@ -225,8 +224,7 @@ def _boolq(row: Row, task: str) -> Read:
 
 
 def _columns(row: Row, task: str, *, asked: Sequence[str], endings: Sequence[str], right: str, first: int) -> Read:
-    question = " ".join(map(row.non_empty, asked))
-    return question, tuple(map(row.non_empty, endings)), row.integer(right) - first
+    return " ".join(map(row.non_empty, asked)), tuple(map(row.non_empty, endings)), row.integer(right) - first
 
 
 def _lettered(row: Row, task: str) -> Read:

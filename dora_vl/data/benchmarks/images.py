@@ -380,8 +380,7 @@ def _official_rows(folder: Path, split: str) -> Iterator[Raw]:
     pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, "images"), "cocoid", "split")
     for part in KARPATHY_PARTS:
         for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part)):
-            picture = pictures.get(join_key(row, "image_id"), {})
-            of_split = PARTS.get(str(picture.get("split")))
+            of_split = PARTS.get(str(pictures.get(join_key(row, "image_id"), {}).get("split")))
             if of_split in {split, None}:
                 yield {**row, "part": part, "split": of_split}
 

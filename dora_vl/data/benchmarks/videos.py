@@ -126,8 +126,7 @@ def question_row(raw: Raw, *, choices: int, answered: bool) -> Example:
     """Returns one question of TVQA or How2QA with its choices; where `answered`, its right choice must be there."""
     row = Row(raw, "qid")
     texts = [row.non_empty(f"a{number}") for number in range(choices)]
-    is_answered = answered or row.get("answer_idx") is not None
-    correct = row.choice("answer_idx", texts) if is_answered else None
+    correct = row.choice("answer_idx", texts) if answered or row.get("answer_idx") is not None else None
     clip, extra = _clip(row)
     return Example(
         id=row.id,

@@ -78,8 +78,7 @@ def _subtitles(example: Example) -> list[str]:
 def prompt_turns(example: Example, prompt: PromptFunction) -> tuple[Turn, ...]:
     """Returns the prompt as turns up to and with the question, one placeholder for each picture first."""
     if example.turns:
-        turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
-        return tuple(turns)
+        return example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
     return (Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(example.images) + prompt(example)),)
 
 

@@ -82,8 +82,7 @@ def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> di
 def fallback_tokens(caption: str) -> list[str]:
     """Returns the words of one caption by rules that follow the Penn Treebank's, without Java."""
     text = _CLITICS.sub(r" \1", one_line(caption).translate(_SYMBOLS).lower())
-    matches = (match.group() for match in _TOKEN.finditer(text))
-    tokens = [_BRACKETS.get(token, token) for token in matches]
+    tokens = [_BRACKETS.get(match[0], match[0]) for match in _TOKEN.finditer(text)]
     words = [word for token in tokens for word in _SPLIT_WORDS.get(token, token).split()]
     return [word for word in words if word not in DROPPED and word != '"']
 

@@ -191,8 +191,7 @@ def mmbench_score(examples: Sequence[Example], answers: AnswersById, *, matcher:
             of_whole |= {f"right {kind}": float(all(hits)), f"asked {kind}": 1.0}
         for example, hit in zip(rotations, hits, strict=True):
             columns = (of_whole if example is first else {}) | {"rotation right": float(hit), "rotations": 1.0}
-            failed = example.id not in answers
-            tally.add(example.id, float(hit), columns, unit=str(question), failed=failed)
+            tally.add(example.id, float(hit), columns, unit=str(question), failed=example.id not in answers)
     formulas: dict[str, Formula] = {"accuracy": ACCURACY, "vanilla": Ratio("rotation right", "rotations")}
     formulas |= {kind: share_of(kind) for kind in sorted(kinds, key=lambda kind: (kind[0] != "l", kind))}
     return tally.scored(formulas, settings={"matcher": matcher, "without a letter": "wrong (exact_matching)"})

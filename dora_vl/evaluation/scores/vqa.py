@@ -214,8 +214,7 @@ EVALAI = {"normaliser": "evalai (m4c)"}
 
 
 def _soft_points(example: Example, answer: str) -> float:
-    people = [normalise_evalai(text) for text in human_answers(example)]
-    return leave_one_out(normalise_evalai(answer), people)
+    return leave_one_out(normalise_evalai(answer), [normalise_evalai(text) for text in human_answers(example)])
 
 
 def textvqa_prompt(example: Example) -> str:
