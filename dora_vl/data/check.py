@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from io import BytesIO
 from itertools import chain, combinations
 from pathlib import Path
@@ -188,6 +188,7 @@ def _texts_of(example: Example, *roles: Role) -> list[str]:
     return [turn.text + turn.more for turn in example.turns if turn.role in roles]
 
 
+@dataclass
 class FileCheck:
     """Checks one file's rows one after another; `findings` grow with them.
 
@@ -197,36 +198,28 @@ class FileCheck:
         videos: of files that are videos; None: as `media`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        columns: Columns = USUAL,
-        longest: int | None = None,
-        tokens: Callable[[str], int] | None = None,
-        answers_needed: bool = True,
-        media: MediaCheck | None = None,
-        videos: MediaCheck | None = None,
-    ) -> None:
-        self.path = path
-        self.rows = 0
-        self.with_several_answers = 0
-        self.splits = Counter[str | None]()
-        self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
-        self.uses: list[Mapping[str, str]] = []
-        self.formats: dict[str, str] = {}
-        """Maps each format to its first row."""
-        self.remedy = ""
-        """Says which options settle the first row that a column made unusable."""
-        self._columns = columns
-        self._longest, self._tokens = longest, tokens
-        self._answers_needed = answers_needed
-        self._media = media
-        self._videos = videos or media
-        self._ids: set[str] = set()
-        self._findings: dict[str, Finding] = {}
-        self._answers: dict[int, tuple[int, str]] = {}  # hash of what is asked -> of its first answer, and its id
-        self._has_media = False
+    path: Path
+    _: KW_ONLY
+    columns: Columns = USUAL
+    longest: int | None = None
+    tokens: Callable[[str], int] | None = None
+    answers_needed: bool = True
+    media: MediaCheck | None = None
+    videos: MediaCheck | None = None
+    rows: int = field(default=0, init=False)
+    with_several_answers: int = field(default=0, init=False)
+    splits: Counter[str | None] = field(default_factory=Counter, init=False)
+    samples: dict[int, str] = field(default_factory=dict, init=False)  # hash of what is asked, with its media -> id
+    uses: list[Mapping[str, str]] = field(default_factory=list, init=False)
+    formats: dict[str, str] = field(default_factory=dict, init=False)
+    """Maps each format to its first row."""
+    remedy: str = field(default="", init=False)
+    """Says which options settle the first row that a column made unusable."""
+    _ids: set[str] = field(default_factory=set, init=False)
+    _findings: dict[str, Finding] = field(default_factory=dict, init=False)
+    _answers: dict[int, tuple[int, str]] = field(default_factory=dict, init=False)
+    """Maps the hash of what is asked to that of its first answer, and to its id."""
+    _has_media: bool = field(default=False, init=False)
 
     @property
     def findings(self) -> dict[str, Finding]:
@@ -244,14 +237,14 @@ class FileCheck:
         self.rows += 1
         self.splits[split_of(record)] += 1
         location = f"row {self.rows}"
-        sample_id = id_of(record, self.rows - 1, self._columns)
+        sample_id = id_of(record, self.rows - 1, self.columns)
         try:
             has_fields_of_records = record.keys() <= FIELDS
-            resolved = self._columns.resolve(record, strict=not has_fields_of_records)
+            resolved = self.columns.resolve(record, strict=not has_fields_of_records)
             form = None if resolved.format is None else resolved.format.name
             is_record = form in (None, "records") and has_fields_of_records
             if has_fields_of_records and not is_record:
-                resolved = self._columns.resolve(record)
+                resolved = self.columns.resolve(record)
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
             self._note_format("records" if is_record else form, sample_id, location)
@@ -266,11 +259,11 @@ class FileCheck:
             return error
         except RecursionError:
             return BadSample(sample_id, "its values are nested too deeply")
-        if self._answers_needed and not example.answers and all(turn.role != "assistant" for turn in example.turns):
+        if self.answers_needed and not example.answers and all(turn.role != "assistant" for turn in example.turns):
             return BadSample(sample_id, "it has no answer", NO_ANSWER)
         self._has_media |= bool(example.images or example.videos)
         if not is_record:
-            for doubt in find_doubts(record, example, form, self._columns):
+            for doubt in find_doubts(record, example, form, self.columns):
                 self._add(doubt, sample_id)
         return example
 
@@ -303,7 +296,7 @@ class FileCheck:
         media = [(name, False) for name in (*row.images, *row.rejected_images)]
         media += [(clip.path, True) for clip in row.videos]
         for name, is_video in media:
-            check = self._videos if is_video else self._media
+            check = (self.videos or self.media) if is_video else self.media
             trouble = None if check is None else check.trouble(name, row.image_bytes.get(name), is_video)
             if trouble is not None:
                 usable = False
@@ -319,12 +312,12 @@ class FileCheck:
         return usable
 
     def _check_length(self, sample_id: str, texts: Sequence[str]) -> None:
-        if self._longest is None:
+        if self.longest is None:
             return
-        text, unit = "\n".join(filter(None, texts)), "tokens" if self._tokens else "words"
-        length = self._tokens(text) if self._tokens else len(text.split())
-        if length > self._longest:
-            self._add(f"longer than {self._longest:,} {unit}", sample_id, f"{length:,} {unit}")
+        text, unit = "\n".join(filter(None, texts)), "tokens" if self.tokens else "words"
+        length = self.tokens(text) if self.tokens else len(text.split())
+        if length > self.longest:
+            self._add(f"longer than {self.longest:,} {unit}", sample_id, f"{length:,} {unit}")
 
     def _add(self, problem: str, sample_id: str, detail: str = "") -> None:
         self._findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)

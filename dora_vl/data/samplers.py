@@ -82,27 +82,18 @@ class SeededSampler(torch.utils.data.Sampler[int]):
 class ModalityLengthSampler(SeededSampler):
     """Orders samples by modality and length.
 
-    A global batch is `batch_size * world_size * accumulation` consecutive indices. Micro-batch k of an epoch goes to
-    rank `k % world_size` (accelerate's `BatchSamplerShard`), so inside a global batch, sorted from long to short,
-    the ranks of one micro-step get neighbours in length: little padding, little waiting. Samples are drawn
+    A global batch is so many consecutive indices: those of a micro-batch, times ranks, times accumulation. Micro-batch
+    k of an epoch goes to rank `k % ranks` (accelerate's `BatchSamplerShard`), so inside a global batch, sorted from long
+    to short, the ranks of one micro-step get neighbours in length: little padding, little waiting. Samples are drawn
     into global batches at random, the batches are shuffled, and what fills no global batch of its modality comes
     last, pictures before text: only there can modalities meet, in at most one micro-batch.
     """
 
     def __init__(
-        self,
-        lengths: Int[Tensor, " samples"],
-        is_multimodal: Bool[Tensor, " samples"],
-        *,
-        batch_size: int,
-        world_size: int,
-        accumulation: int,
-        seed: int,
+        self, lengths: Int[Tensor, " samples"], is_multimodal: Bool[Tensor, " samples"], *, global_batch: int, seed: int
     ) -> None:
         super().__init__(len(lengths), seed)
-        self._lengths = lengths
-        self._is_multimodal = is_multimodal
-        self._global_batch = batch_size * world_size * accumulation
+        self._lengths, self._is_multimodal, self._global_batch = lengths, is_multimodal, global_batch
 
     def __iter__(self) -> Iterator[int]:
         # A hash, not a sum: seed 0 in epoch 1 is not seed 1 in epoch 0.

@@ -476,9 +476,7 @@ class RunSamples:
             return ModalityLengthSampler(
                 lengths.lengths if grouped else torch.zeros_like(lengths.lengths),
                 lengths.is_multimodal if grouped else torch.zeros_like(lengths.is_multimodal),
-                batch_size=micro_batch,
-                world_size=self._arguments.world_size,
-                accumulation=self._arguments.gradient_accumulation_steps,
+                global_batch=micro_batch * self._arguments.world_size * self._arguments.gradient_accumulation_steps,
                 seed=self._seed,
             )
 

@@ -95,9 +95,7 @@ def sampler(
     result = ModalityLengthSampler(
         torch.tensor([length for length, _ in samples], dtype=torch.int64),
         torch.tensor([multimodal for _, multimodal in samples], dtype=torch.bool),
-        batch_size=batch_size,
-        world_size=world_size,
-        accumulation=accumulation,
+        global_batch=batch_size * world_size * accumulation,
         seed=seed,
     )
     result.set_epoch(epoch)
