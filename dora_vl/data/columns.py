@@ -532,7 +532,6 @@ _LISTED = frozenset(
 )
 """These roles hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
 
-
 _OFTEN_EMPTY = frozenset(("images", "videos", "hint", "choices"))
 """A row may lack these, so that the text "nan" is an empty cell there; as an answer it is only doubted."""
 _BETWEEN = re.compile(r"\s*[|;,]\s*")

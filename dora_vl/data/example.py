@@ -106,7 +106,6 @@ MIDDLE_FRAME = "middle_frame"
 FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"} | {"video"}
 """A record may have these fields: `video` for one video, `videos` for several."""
 
-
 _EXAMPLE = TypeAdapter(Example)
 
 

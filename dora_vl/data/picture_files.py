@@ -45,7 +45,6 @@ VIDEO_FRAMES = 2_000_000  # nine hours at 60 a second
 VIDEO_SECONDS = 60.0  # of the processor for a file, and three times as many on the clock
 VIDEO_MEMORY = 4_096 * MEBIBYTE  # of the decoder for a file, beyond what its libraries have
 
-
 _TURNS: Mapping[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -82,11 +82,11 @@ class SeededSampler(torch.utils.data.Sampler[int]):
 class ModalityLengthSampler(SeededSampler):
     """Orders samples by modality and length.
 
-    A global batch is so many consecutive indices: those of a micro-batch, times ranks, times accumulation. Micro-batch
-    k of an epoch goes to rank `k % ranks` (accelerate's `BatchSamplerShard`), so inside a global batch, sorted from long
-    to short, the ranks of one micro-step get neighbours in length: little padding, little waiting. Samples are drawn
-    into global batches at random, the batches are shuffled, and what fills no global batch of its modality comes
-    last, pictures before text: only there can modalities meet, in at most one micro-batch.
+    A global batch, a micro-batch times ranks times accumulation, is consecutive indices. Micro-batch k of an epoch goes
+    to rank `k % ranks` (accelerate's `BatchSamplerShard`), so inside a global batch, sorted from long to short, the
+    ranks of one micro-step get neighbours in length: little padding, little waiting. Samples are drawn into global
+    batches at random, the batches are shuffled, and what fills no global batch of its modality comes last, pictures
+    before text: only there can modalities meet, in at most one micro-batch.
     """
 
     def __init__(

@@ -28,7 +28,6 @@ SPARE_SECONDS = 0.5  # a whole video may end so much earlier than its header say
 SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: ")  # where in its C++ decord gave up
 ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision, and both must find the same frame
 
-
 Frame: TypeAlias = tuple[float, UInt8[np.ndarray, "height width 3"]]
 """Pairs the time at which a frame begins, in seconds from the first, with its RGB pixels."""
 

@@ -115,7 +115,6 @@ def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
 
 # Files of predictions that other tools write.
 
-
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
 """These keys hold a row's id; the first that a row has is its own."""
 MODEL_ANSWERS = (

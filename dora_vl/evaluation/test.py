@@ -320,7 +320,6 @@ def _title(tested: Tested) -> str:
 
 # Some of the questions, while training goes on.
 
-
 MOST_NEW_TOKENS = 32
 
 

@@ -201,7 +201,6 @@ def _pad(rows: Sequence[Tensor], value: int) -> Int[Tensor, "batch longest"]:
 
 # The tasks.
 
-
 QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
 NO_REPEAT = 3  # bart-base's setting, which the published runs kept
 PUBLISHED_SEARCH = Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT)

@@ -258,7 +258,6 @@ class Benchmark:
 # Which examples can be scored: those whose right answer the file holds, and whole groups of them. A test split has
 # none, and its publisher scores it. A file that has most of them is scored without the others, which are named.
 
-
 NO_ANSWER = "its record holds no right answer"
 GROUP_WITHOUT = "it is scored together with records of which one or more hold no right answer"
 

@@ -116,7 +116,6 @@ MMVET = Benchmark(
 # neither gives a letter the tool asks GPT, or with `exact_matching` gives Z; here it is wrong, as with
 # `exact_matching`. The server's numbers, made with GPT, can only be higher.
 
-
 Matcher = Literal["opencompass_2023", "2025"]
 ROTATION = 1_000_000
 NO_CHOICE = "Z"
@@ -321,10 +320,9 @@ MME = Benchmark(
 
 # POPE as LLaVA's eval_pope.py gives it.
 #
-# The script matches answers and labels by their position and cuts the longer list in silence. Label files come in two
-# versions: LLaVA's question file belongs to POPE commit e3e3926 (2,910 random, 3,000 popular, 3,000 adversarial);
-# today's files have 3,000 each, `random` in another order. Here the id matches, and an answer to a question that is not
-# there is refused. Which version it was, by its counts, is written into the settings.
+# The script matches answers and labels by their position and cuts the longer list in silence. Here the id matches, and
+# an answer to a question that is not there is refused. Which version of the label files it was (`POPE_VERSIONS`), by
+# its counts, is written into the settings.
 
 
 def says_no(answer: str) -> bool:
@@ -381,7 +379,6 @@ POPE = Benchmark(modes={"": pope_score}, prompt=short, joins=(ByOrder("order, ea
 
 
 # ScienceQA as LLaVA's eval_science_qa.py gives it, and SEED-Bench as LLaVA's convert and SEED's own script do.
-
 
 OPTIONS = "ABCDE"
 SENTENCE = re.compile("The answer is ([A-Z]).")

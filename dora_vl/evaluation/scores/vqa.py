@@ -56,7 +56,6 @@ from dora_vl.evaluation.scores.scored import (
 # - The contractions with a capital I never match, since the text is in lower case by then; "somebody'd" *loses* its
 #   apostrophe.
 
-
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD = re.compile(r"\.(?!\d)")
 MOST_PERIODS = int(re.UNICODE)  # 32
@@ -78,7 +77,6 @@ there'd've there're there's they'd they'd've they'll they're they've 'twas wasn'
 what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-
 
 CONTRACTIONS = {
     form[:index] + form[index + 1 :]: form
@@ -209,7 +207,6 @@ VQA = Benchmark(
 )
 KARPATHY = Benchmark(modes={"before_2021": _BEFORE, "after_2021": _AFTER}, prompt=short)
 
-
 EVALAI = {"normaliser": "evalai (m4c)"}
 
 
@@ -297,7 +294,6 @@ VIZWIZ = Benchmark(
         ByKey("number in the picture's name, and question", _number_row, _number_example),
     ),
 )
-
 
 Conversion = Literal["llava", "vl_t5"]
 
