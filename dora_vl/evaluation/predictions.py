@@ -172,9 +172,9 @@ def _table_rows(path: Path) -> Iterator[Prediction]:
         delimiter = likeliest_delimiter(header, path.suffix.lower())
     else:
         header = next(lines, "")
-    if not _SPELLED.keys().isdisjoint(_plain(cell.strip().strip('"')) for cell in header.split(delimiter)):
+    if not _SPELLED.keys().isdisjoint(cell.strip().strip('"').strip().lower() for cell in header.split(delimiter)):
         for number, row in table_rows(path, WANTED, delimiter=delimiter):
-            named = {_SPELLED.get(_plain(name), _plain(name)): cell for name, cell in row.items()}
+            named = {_SPELLED.get(plain := name.strip().lower(), plain): cell for name, cell in row.items()}
             yield _row(named, f"{path}, line {number}")
         return
     for number, line in text_lines(path, WANTED):  # as NLVR2's script reads them, quotes included
@@ -185,10 +185,6 @@ def _table_rows(path: Path) -> Iterator[Prediction]:
             )
         if answers:
             yield Prediction(id=name, ids={"id": name}, prediction=answers[0])
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower()
 
 
 def _row(record: object, where: str) -> Prediction:
