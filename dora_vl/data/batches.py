@@ -32,9 +32,8 @@ def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
 
     def repeat_answer_entries(value: Tensor) -> Tensor:
         """Gives an entry for each token all new ids the value of the first old one."""
-        return torch.cat(
-            [value[:, :start], value[:, start : start + 1].repeat(1, len(ids), *[1] * (value.dim() - 2))], 1
-        )
+        repeated = value[:, start : start + 1].repeat(1, len(ids), *[1] * (value.dim() - 2))
+        return torch.cat([value[:, :start], repeated], 1)
 
     inputs = {name: repeat_answer_entries(value) if name in ALIGNED else value for name, value in sample.inputs.items()}
     positions = sample.positions

@@ -350,9 +350,7 @@ class Columns:
         joined = role in JOINED and bool(named)
         alternatives: list[Candidate] = [dict.fromkeys(named, "")] if joined else [{name: ""} for name in named]
         free = {name: plain_name(name) for name in names if name not in self.roles}
-        alternatives += [
-            {name: ""} for usual_name in ROLES[role] for name, plain in free.items() if plain == usual_name
-        ]
+        alternatives += [{name: ""} for usual in ROLES[role] for name, plain in free.items() if plain == usual]
         for pattern in JOINED.get(role, ()):
             matches = {name: match[1] for name, plain in free.items() if (match := pattern.fullmatch(plain))}
             together = sorted(matches, key=lambda name: (len(matches[name]), matches[name]))

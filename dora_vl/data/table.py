@@ -80,9 +80,7 @@ _SCHEMA = pa.schema(
         ("split", pa.string()),
     ]
 )
-_EXAMPLE_COLUMNS = [
-    *("id", "images", "videos", "turns", "rejected", "rejected_images", "is_good", "answers", "problem")
-]
+_EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "rejected", "rejected_images", "is_good", "answers", "problem"]
 
 
 def load_table(path: Path, *, columns: Columns = USUAL) -> datasets.Dataset:

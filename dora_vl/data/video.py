@@ -197,9 +197,7 @@ class VideoReader(AbstractContextManager["VideoReader"]):
         """Returns the frames, each made smaller as it comes, so that a long clip need not fit in memory."""
         budget = Budget(self._limit, VIDEO_MEMORY)
         try:
-            return read_frames(
-                self._process, clip_path(root, clip), clip, sampling, prepare, budget, backends=self._backends
-            )
+            return read_frames(self._process, clip_path(root, clip), clip, sampling, prepare, budget, self._backends)
         except JobFailed as error:
             if error.kind == BackendMissing.__name__:
                 raise UserError(str(error)) from None
@@ -223,7 +221,6 @@ def read_frames(
     sampling: FrameSampling,
     prepare: Callable[[Image.Image], Prepared],
     budget: Budget,
-    *,
     backends: Sequence[str] = tuple(BACKENDS),
 ) -> Frames[Prepared]:
     """Returns a clip's frames, decoded in that process. Raises JobFailed: they cannot be read, or cost too much."""

@@ -120,10 +120,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         layers = layers_to_compare(requests, base, arguments.layers)
         yield f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
         total = len(layers) * sum(len(request.saved) for request in requests)
-        with tqdm(total=total, desc="comparing", unit="layer") as progress:
-            panels = [
-                measured(request, base, layers, axis=arguments.axis, done=progress.update) for request in requests
-            ]
+        with tqdm(total=total, desc="comparing", unit="layer") as bar:
+            panels = [measured(request, base, layers, axis=arguments.axis, done=bar.update) for request in requests]
     for panel in panels:
         unchanged = f", {panel.unchanged} unchanged" if panel.unchanged else ""
         yield f"{panel.label} ({panel.method}): {panel.numbers()} over {len(panel.points)} points{unchanged}"

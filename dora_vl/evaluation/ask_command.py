@@ -227,9 +227,8 @@ def ask_chat(opened: OpenedModel, chat: PictureChat, question: str, *, max_new_t
 
     def answer(speaker: str, predictor: Predictor) -> str:
         example = Example(id="question", question=question, turns=tuple(turns_of(speaker)))
-        return predictor.answer(
-            example, PromptMedia(pictures=chat.pictures), max_new_tokens=max_new_tokens, write=_write
-        )
+        shown = PromptMedia(pictures=chat.pictures)
+        return predictor.answer(example, shown, max_new_tokens=max_new_tokens, write=_write)
 
     for speaker, text in print_answers(opened, answer).items():
         if remember and text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isnan
@@ -31,7 +31,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.predictor import Decoding, MediaReader, PromptMedia, View, Write, prediction
+from dora_vl.evaluation.predictor import Answered, Decoding, MediaReader, PromptMedia, View, Write, prediction
 from dora_vl.evaluation.questions import endings_of, outputs_of, turns_asked
 from dora_vl.shapes import Float, Int
 
@@ -212,9 +212,7 @@ class Assistant:
         as_pictures = self.prompts.frames_are_pictures
         return View(example=example, clip=example.video, sampling=Uniform(frames), as_pictures=as_pictures)
 
-    def predict(
-        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
-    ) -> Iterator[list[Prediction]]:
+    def predict(self, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Answered:
         """Answers examples of one picture together, so that it is read once."""
         ordered = by_picture(examples)
         if decoding.answer_method != "generation":
@@ -263,9 +261,7 @@ class Assistant:
             log.info("pictures are read anew for each question: %s", error)
             return None
 
-    def _predict_by_likelihood(
-        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
-    ) -> Iterator[list[Prediction]]:
+    def _predict_by_likelihood(self, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Answered:
         """Picks the likeliest of each question's texts, closed as an answer is; the first of equals."""
         once = self._picture_cache(examples)
         rows: list[Sample] = []

@@ -141,10 +141,9 @@ def read_own(path: Path) -> NamedBenchmark:
     if missing := [key for key in ("name", "scoring") if key not in content]:
         raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
     settings = {key: content.get(key, default) for key, (_, default) in OWN.items()}
-    if not NAME.fullmatch(settings["name"]) or settings["name"] in BENCHMARKS:
-        message = f"{path}: name {short_repr(settings['name'])} is taken, or has more than letters, digits, _ and -"
-        raise UserError(message)
-    scoring = settings["scoring"]
+    name, file, scoring = settings["name"], settings["file"], settings["scoring"]
+    if not NAME.fullmatch(name) or name in BENCHMARKS:
+        raise UserError(f"{path}: name {short_repr(name)} is taken, or has more than letters, digits, _ and -")
     benchmark = Benchmark(
         modes={"": SCORINGS[scoring]},
         prompt=PROMPTS[settings["prompt"] or {"choice": "letter", "caption": "caption"}.get(scoring, "short")],
@@ -154,9 +153,7 @@ def read_own(path: Path) -> NamedBenchmark:
         shares_answers=scoring == "caption",
         frames=settings["frames"],
     )
-    return NamedBenchmark(
-        name=settings["name"], benchmark=benchmark, file=settings["file"] and path.parent / settings["file"]
-    )
+    return NamedBenchmark(name=name, benchmark=benchmark, file=file and path.parent / file)
 
 
 def with_choices(example: Example, suffix: str) -> Example:

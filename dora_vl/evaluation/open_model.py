@@ -174,9 +174,8 @@ def kind_of_base(base: str, revision: str | None = None) -> str:
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in (*NOT_TRAINED, *ENCODERS):
         return DECODER
     reasons = {**dict.fromkeys(ENCODERS, "it has an encoder, which reads a text as a whole"), **NOT_TRAINED}
-    reason = reasons.get(
-        model_type, "transformers lists it neither as an image-text-to-text nor as a causal language model"
-    )
+    unlisted = "transformers lists it neither as an image-text-to-text nor as a causal language model"
+    reason = reasons.get(model_type, unlisted)
     raise UserError(
         f"{base} is a {model_type!r}, which cannot be asked here: {reason}; take a model that answers chats, such as "
         "qwen2_5_vl, smolvlm, internvl, gemma3, llava or llama"
@@ -319,9 +318,7 @@ def _open_vlbart(source: ModelSource) -> OpenedModel:
     trained = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
 
     def subtasks(heads: Collection[str]) -> tuple[Subtask, ...]:
-        return tuple(
-            closed(subtask) if subtask.name in lists and subtask.name in heads else subtask for subtask in trained
-        )
+        return tuple(closed(task) if task.name in lists and task.name in heads else task for task in trained)
 
     first = VlBartAssistant(
         backbone=adapted,

@@ -23,6 +23,7 @@ from dora_vl.run.watched_questions import SIDE, tiled
 from dora_vl.shapes import Float
 
 Write = Callable[[str], object]
+Answered = Iterator[list[Prediction]]
 AnswerMethod = Literal["generation", "letters", "outputs", "cloze"]
 
 
@@ -127,9 +128,7 @@ class Predictor(Protocol):
         """Answers one question about these pictures or videos; `write` receives the text piece by piece."""
         ...
 
-    def predict(
-        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
-    ) -> Iterator[list[Prediction]]:
+    def predict(self, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Answered:
         """Yields every example's prediction, batch by batch, in an order of its own; none is left out."""
         ...
 

@@ -133,9 +133,8 @@ def endings_of(example: Example) -> list[tuple[str, str]]:
 
 def right_ending(example: Example) -> str:
     """Returns the answer of a model that is sure of the right ending: a log-likelihood for each."""
-    return " ".join(
-        "0" if index == example.extra["correct"] else "-1" for index in range(len(example.extra["endings"]))
-    )
+    correct, endings = example.extra["correct"], example.extra["endings"]
+    return " ".join("0" if index == correct else "-1" for index in range(len(endings)))
 
 
 def likeliest_ending(example: Example, text: str) -> str:

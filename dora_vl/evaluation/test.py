@@ -76,11 +76,9 @@ def evaluate_and_draw(
     """Tests a run by its sets, and draws its loss and, where `sheet` reads the pictures, some of its answers."""
 
     def announce(tested: Tested) -> None:
-        if tested.scored is not None:
-            for name, value in tested.scored.metrics.items():
-                log.info(
-                    "%s %-16s %s of %d", tested.test.name, name, in_units(name, value), tested.scored.items_of(name)
-                )
+        if (scored := tested.scored) is not None:
+            for name, value in scored.metrics.items():
+                log.info("%s %-16s %s of %d", tested.test.name, name, in_units(name, value), scored.items_of(name))
         if bare := tested.test.not_scored:
             message = "%s: %d of %d questions have no right answer and are in no score; %s names them"
             log.info(message, tested.test.name, len(bare), len(tested.test.examples), run_folder / METRICS)

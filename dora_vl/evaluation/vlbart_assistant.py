@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 
@@ -22,7 +22,7 @@ from dora_vl.data.pictures import open_image
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.predictor import Decoding, MediaReader, PromptMedia, View, Write, prediction
+from dora_vl.evaluation.predictor import Answered, Decoding, MediaReader, PromptMedia, View, Write, prediction
 from dora_vl.evaluation.vlbart_tasks import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 from dora_vl.shapes import Float, Int
 
@@ -90,9 +90,7 @@ class VlBartAssistant:
             write(text)
         return text
 
-    def predict(
-        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
-    ) -> Iterator[list[Prediction]]:
+    def predict(self, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Answered:
         """See `Predictor`: keeps the questions' order; asks one at a time where it computes features."""
         size = decoding.batch_size if self.stored else 1
         for start in range(0, len(examples), size):
@@ -177,9 +175,8 @@ class VlBartAssistant:
                 scores = head(self.backbone.first_hidden(ids, mask, features))
                 return without_broken(head.chosen(scores), scores)
             if subtask.answer_by == "choice":
-                labels = self._labels(
-                    [f"a{index}" for index in range(max(len(example.choices) for example in examples))]
-                )
+                most = max(len(example.choices) for example in examples)
+                labels = self._labels([f"a{index}" for index in range(most)])
                 scores = self.backbone.likelihoods(ids, mask, features, labels)
                 for row, example in enumerate(examples):
                     scores[row, len(example.choices) :] = float("-inf")

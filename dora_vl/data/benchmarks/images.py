@@ -334,10 +334,8 @@ def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     answers = row.answers_of_people() if answered else []
     extra: dict[str, object] = {"question_id": row.integer("question_id"), "image_id": image_id}
     if answered:
-        extra |= {
-            "human_answers": answers,
-            **row.extra_columns("question_type", "answer_type", "multiple_choice_answer"),
-        }
+        extra |= {"human_answers": answers}
+        extra |= row.extra_columns("question_type", "answer_type", "multiple_choice_answer")
     return Example(
         id=row.id,
         images=(f"{pictures}/COCO_{pictures}_{image_id:012d}.jpg",),

@@ -91,9 +91,7 @@ def _official(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     # Its own tokenizer loses a caption that is empty, and with it the count of lines: keep a word in its place.
-    standing = {
-        clip: [{"caption": caption.strip() or "."} for caption in several] for clip, several in captions.items()
-    }
+    standing = {clip: [{"caption": text.strip() or "."} for text in texts] for clip, texts in captions.items()}
     try:
         words = PTBTokenizer().tokenize(standing)  # it writes a file into its own folder
     except OSError as error:
