@@ -9,6 +9,7 @@ TemplateName = Literal[
     "vicuna_v1", "llava_v1", "llama_2", "mistral_instruct", "chatml_direct", "chatml", "plain", "tokenizer"
 ]
 FormatName = Literal["question_answer", "paligemma"]
+Template = TemplateName | FormatName
 VisionLibrary = Literal["timm", "open_clip", "transformers"]
 PRETRAINED, RANDOM = "pretrained", "random"
 

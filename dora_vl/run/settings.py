@@ -11,15 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from dora_vl.backbones.specs import (
-    ComposeSpec,
-    FormatName,
-    LanguageSource,
-    PromptName,
-    TemplateName,
-    TrainOn,
-    VlBartSpec,
-)
+from dora_vl.backbones.specs import ComposeSpec, LanguageSource, PromptName, Template, TrainOn, VlBartSpec
 from dora_vl.core.config import AdapterSettings, Quantisation
 from dora_vl.data.columns import Columns, Mixing, Packing, TrainFile, train_name
 from dora_vl.files import Kernel
@@ -60,7 +52,7 @@ class ModelConfig:
     """Attention kernel, or one for each part by its config's name ({"": eager, vision_config: sdpa}); flash_attention_2
     needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's
     recipe.json says which, and the model is opened so again."""
-    template: TemplateName | FormatName | PromptName | None = None
+    template: Template | PromptName | None = None
     """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
     own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other models have
     their processor's chat template, or where it has none `question_answer` or `paligemma`. commonsense: `nvlabs` and
@@ -472,10 +464,9 @@ DEFAULTS: Mapping[Task, Mapping[str, Any]] = {
     "vlbart": {"model.dtype": "float32", "evaluation.batch_size": 64},
 }
 """Maps a task to its defaults where they differ from the dataclasses'."""
-_TEMPLATE = TemplateName | FormatName | None
 TYPES: Mapping[Task, Mapping[str, Any]] = {
-    "llava": {"model.compose": ComposeSpec | None, "model.template": _TEMPLATE, "data.train": Files},
-    "image_text": {"model.template": _TEMPLATE, "data.train": Files},
+    "llava": {"model.compose": ComposeSpec | None, "model.template": Template | None, "data.train": Files},
+    "image_text": {"model.template": Template | None, "data.train": Files},
     "commonsense": {"model.template": PromptName, "data.train": Files},
     "vlbart": {
         "model.compose": VlBartSpec | None,

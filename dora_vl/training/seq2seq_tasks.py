@@ -348,10 +348,9 @@ def _scores(file: ExampleFile) -> list[tuple[str, Mapping[str, float]]]:
 
 def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], limit: int) -> list[str]:
     """Returns the answers with the largest sums of soft scores; of equals the first seen."""
-    sums: defaultdict[str, float] = defaultdict(float)
-    for _, of_sample in scores:
-        for answer, score in of_sample.items():
-            sums[answer] += score
+    sums = defaultdict[str, float](float)
+    for answer, score in (pair for _, of_sample in scores for pair in of_sample.items()):
+        sums[answer] += score
     return sorted(sums, key=lambda answer: -sums[answer])[: max(0, limit)]
 
 
