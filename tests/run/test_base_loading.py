@@ -194,6 +194,7 @@ def test_a_hub_id_that_names_one_is_refused(base: Path, tmp_path: Path, monkeypa
     folder = state(base, STATED["nested"], tmp_path / "evil")
     cached = mock.Mock(side_effect=lambda name, file, **_: str(folder / file))
     monkeypatch.setattr("transformers.configuration_utils.cached_file", cached)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # whether it can be reached is not asked
     with pytest.raises(UserError, match=EVIL):
         check_model_folder("owner/model", "abc")
     assert cached.call_args.kwargs["revision"] == "abc"
