@@ -112,6 +112,10 @@ def compare_with_baselines(
     return entry, lines
 
 
+FEW_MEASURED = 20
+"""The loss of fewer validation samples does not tell which step is best."""
+
+
 def advice(entry: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, score: float) -> str | None:
     """Names settings to try after a training that left much to be learned; None after others.
 
@@ -135,10 +139,14 @@ def advice(entry: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, score:
     beginning, rates = "the base's picture features hold more than was learned", "optim.projector_learning_rate"
     step, lowest = min(losses, key=lambda measured: measured[1], default=(0, 0.0))
     if losses and losses[-1][1] > RISEN * lowest:
+        measured = next(line.get("eval_samples", FEW_MEASURED) for line in log if "eval_loss" in line)
+        few = f"; {measured} samples choose a step by chance, so raise data.validation_share" * (
+            measured < FEW_MEASURED
+        )
         return (
             f"{beginning}, and the validation loss was lowest at step {step} ({lowest:.3g}; at the end "
-            f"{losses[-1][1]:.3g}): keep that step's checkpoint (training.load_best_model_at_end: true) or stop there "
-            f"(optim.early_stopping: 2), and try a lower training.learning_rate or {rates}"
+            f"{losses[-1][1]:.3g}): training.load_best_model_at_end: true keeps that step, optim.early_stopping: 2 "
+            f"stops soon after it. Try a lower training.learning_rate or {rates}{few}"
         )
     return (
         f"{beginning}: try more epochs (training.num_train_epochs), another rate (training.learning_rate, {rates}), a "

@@ -111,6 +111,16 @@ def test_the_warning_counts_the_answers_that_change() -> None:
             "optim.early_stopping",
             "num_train_epochs",
         ),
+        (
+            [{"step": step, "eval_loss": loss, "eval_samples": 7} for step, loss in ((45, 0.04), (90, 0.17))],
+            "7 samples choose a step by chance",
+            "num_train_epochs",
+        ),
+        (
+            [{"step": step, "eval_loss": loss, "eval_samples": 40} for step, loss in ((45, 0.04), (90, 0.17))],
+            "load_best_model_at_end",
+            "by chance",
+        ),
         ([{"step": 50, "eval_loss": 0.21}, {"step": 100, "eval_loss": 0.05}], "num_train_epochs", "early_stopping"),
         ([], "num_train_epochs", "sft"),
     ],
