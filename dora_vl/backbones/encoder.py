@@ -227,7 +227,7 @@ class Encoder:
         """Lists what the labels of a conversation must decode to."""
         question = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
         if isinstance(self.prompts, Instruction):  # its labels may hold the question too
-            question = conversation.turns[0]
+            question = next(turn for turn in conversation.turns if turn.role == "user")
         question = replace(question, more=conversation.turns[0].more)
 
         def labelled_text(turn: Turn) -> TrainedAnswer:

@@ -43,6 +43,7 @@ PROCESSOR_PROBE = (
     Turn("user", "Which shape has it?"),
     Turn("assistant", "It is a square."),
 )
+SYSTEM_PROBE = Turn("system", "Look at its edges too.")
 FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
 """Messages of these roles are lists of parts even without pictures; the sets are tried in this order."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
@@ -206,12 +207,18 @@ class ProcessorChat(Prompts):
         conversation = self._in_parts
         with_system: frozenset[Role] = frozenset((*conversation, "system"))
         forms = (with_system, conversation) if conversation else (conversation, with_system)
-        system = Turn("system", "Look at its edges too.")
         for form in forms:
             self._in_parts = form
-            if self._render_error((system, PROCESSOR_PROBE[0]), messages_alone=True) is None:
+            if self._render_error((SYSTEM_PROBE, PROCESSOR_PROBE[0]), messages_alone=True) is None:
                 return
         self._in_parts = forms[0]
+
+    def _takes_greeting(self, *, with_system: bool) -> bool:
+        question, *_, greeting = PROCESSOR_PROBE
+        with suppress(ValueError):
+            before = [SYSTEM_PROBE] if with_system else []
+            return greeting.text in self._prompt([*before, greeting, question])
+        return False
 
     def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         turns = [*([] if system is None else [system]), *conversation]

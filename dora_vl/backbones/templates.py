@@ -7,6 +7,7 @@ templates of models, and the formats that need a processor, are in `prompts`.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +23,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dora_vl.backbones.specs import TrainOn
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, out_of_order
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, log_once
 from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part
+
+_log = logging.getLogger(__name__)
 
 CharSpan = tuple[int, int]
 
@@ -54,6 +57,11 @@ class Chat:
     by_token_types: bool = False
     """True where the processor marks the answer's tokens itself, by `token_type_ids` of one."""
 
+    def after_greeting(self) -> Chat:
+        """Returns the chat with its answers counted behind a greeting that it leaves out."""
+        answers = tuple(number + 1 for number in self.answers or range(len(self.answer_spans)))
+        return replace(self, answers=answers, others=tuple(other.after_greeting() for other in self.others))
+
 
 class Prompts:
     """Turns a conversation into text."""
@@ -71,6 +79,8 @@ class Prompts:
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """Renders turns as text up to the last answer that is trained; `generation_prompt` opens the next answer.
 
+        A greeting, an answer before the first question, is untrained context; a format without a place leaves it out.
+
         Raises: ValueError if they do not alternate from the user, after one system turn where there is a place for it,
             end differently than asked, an answer holds nothing, or the format has no place for them.
         """
@@ -80,8 +90,18 @@ class Prompts:
             raise ValueError(
                 f"template {self.name} has no place for a system turn; leave it out, or choose another template"
             )
-        if reason := out_of_order(conversation):
+        greeting = [replace(turn, is_trained=False) for turn in conversation[:1] if turn.role == "assistant"]
+        rounds = conversation[len(greeting) :]
+        if reason := out_of_order(rounds):
             raise ValueError(reason)
+        if greeting and rounds and not self._takes_greeting(with_system=system is not None):
+            log_once(
+                _log, logging.WARNING, f"template {self.name} has no place for an assistant's greeting: it is left out"
+            )
+            before = [] if system is None else [system]
+            first = replace(rounds[0], more=greeting[0].more)
+            return self.render([*before, first, *rounds[1:]], generation_prompt=generation_prompt).after_greeting()
+        conversation = [*greeting, *rounds]
         answers = [index for index, turn in enumerate(conversation) if turn.role == "assistant"]
         for number, index in enumerate(answers, 1):
             if not conversation[index].text.strip() and not conversation[index].more:
@@ -103,6 +123,9 @@ class Prompts:
         if not self.takes_tools and any(turn.more or turn.role == "tool" for turn in turns):
             reason = f"template {self.name} has no place for tools, calls, results and arguments of chat templates"
             raise ValueError(f"{reason}; take a base whose own template writes them (model.template: tokenizer)")
+
+    def _takes_greeting(self, *, with_system: bool) -> bool:
+        return False
 
     def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         raise NotImplementedError
@@ -156,6 +179,9 @@ class RoundTemplate(Prompts):
         """See `Prompts`."""
         return bool(self.own_system)
 
+    def _takes_greeting(self, *, with_system: bool) -> bool:
+        return bool(self.answer_role)  # else only its question shows who speaks
+
     def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         first_question = self.first_question or self.question
         # The template's strings, what a person said at the `{}` of each, and whether it is an answer.
@@ -169,6 +195,7 @@ class RoundTemplate(Prompts):
                 frames.append((self.question if number else first_question, turn.text, False))
                 frames.append((self.answer_role, "", False))
             else:
+                frames += [] if number else [(self.answer_role, "", False)]
                 frames.append((self.answer, turn.text, True))
         text, answers, controls = "", [], []
         for frame, content, is_answer in frames:
@@ -340,18 +367,17 @@ class Instruction(Prompts):
     end: str
     test: bool = False
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """Renders one question and its output; see `Prompts.render`."""
-        self._refuse_tools(turns)
-        if len(turns) + generation_prompt != 2 or turns[0].role != "user":
+    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        if len(conversation) + generation_prompt != 2:
             raise ValueError("a prompt of instructions holds one question and its output; ask one question at a time")
-        if not turns[0].instruction.strip():
+        question = conversation[0]
+        if not question.instruction.strip():
             raise ValueError("'instruction' is empty")
         prompt, test = PROMPTS[self.name], self.test or generation_prompt
-        before = prompt.before_output(turns[0].instruction, turns[0].input, test=test)
+        before = prompt.before_output(question.instruction, question.input, test=test)
         if generation_prompt:
             return Chat(before, ())
-        text = before + prompt.between + turns[1].text + self.end
+        text = before + prompt.between + conversation[1].text + self.end
         start = 0 if self.train_on == "all" else len(before)
         return Chat(text, ((start, len(text)),), controls=((len(text) - len(self.end), len(text)),))
 

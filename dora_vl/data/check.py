@@ -14,7 +14,6 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from dora_vl.data.column_names import parsed
 from dora_vl.data.columns import ROLES, USUAL, Columns, ColumnsError, plain_name, roles_of_columns
 from dora_vl.data.containers import (
     ENDINGS,
@@ -25,7 +24,6 @@ from dora_vl.data.containers import (
     split_of,
     split_used,
 )
-from dora_vl.data.conversation import ROLES as SPEAKERS
 from dora_vl.data.example import FIELDS, JSON, CountedFromOne, Example
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
 from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
@@ -114,7 +112,7 @@ SHOWN_IDS = 5
 LEFT_OUT = "columns left out"  # a run would refuse these rows for a column
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
 EMPTY_AS_TEXT = 'an answer "nan" or "null"'
-GREETING = "an opening turn of the assistant, which is left out"
+GREETING = "an opening turn of the assistant, which is not trained"
 DOUBTS = (NO_PICTURE, EMPTY_QUESTION, EMPTY_AS_TEXT, GREETING, CONTRADICTION)
 """A run trains on samples with these problems, and warns."""
 SEVERAL_ANSWERS = "several right answers: in {:,} rows; the most frequent is trained on, the test counts each"
@@ -150,8 +148,7 @@ def find_doubts(record: Mapping[str, object], example: Example, form: str | None
         columns.roles.get(name, plain_name(name)) in names for name in record
     ):
         doubts.append(NO_PICTURE)
-    replies = (*ROLES["chosen"], *ROLES["rejected"], "completion")
-    if any(_opens_with_the_assistant(value) for name, value in record.items() if plain_name(name) not in replies):
+    if next((turn.role for turn in example.turns if turn.role != "system"), "user") == "assistant":
         doubts.append(GREETING)
     questions = [turn.text for turn in example.turns if turn.role == "user"]
     words = (text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in questions)
@@ -160,15 +157,6 @@ def find_doubts(record: Mapping[str, object], example: Example, form: str | None
     if any(text.strip().lower() in ("nan", "null") for text in _texts_of(example, "assistant")):
         doubts.append(EMPTY_AS_TEXT)  # as other programs write an empty cell, though it may be the answer
     return doubts
-
-
-def _opens_with_the_assistant(value: object) -> bool:
-    """Tells whether a value is a conversation of which `turns.arrange` leaves out the first turn."""
-    value = parsed(value)
-    turns = [turn for turn in value[:3] if isinstance(turn, Mapping)] if isinstance(value, list) else []
-    roles = [SPEAKERS.get(str(turn.get("role", turn.get("from")))) for turn in turns]
-    opening = roles[1:] if roles[:1] == ["system"] else roles
-    return opening[:2] == ["assistant", "user"]
 
 
 def question_and_answer(example: Example) -> tuple[str, str, str]:
@@ -185,7 +173,7 @@ def question_and_answer(example: Example) -> tuple[str, str, str]:
 
 
 def _texts_of(example: Example, *roles: Role) -> list[str]:
-    return [turn.text + turn.more for turn in example.turns if turn.role in roles]
+    return [turn.text + turn.more for turn in example.turns if turn.role in roles and turn.is_trained]
 
 
 @dataclass

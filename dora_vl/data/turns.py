@@ -99,26 +99,28 @@ def arrange(
 ) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
     """Returns the pictures in the order of their places, and the turns with a place for each picture and video.
 
-    Turns alternate, begin with the user and end with an answer; a tool may replace the user, and a system turn may
-    come first. A first turn from the assistant is dropped, as in the original. With one picture its placeholder moves
-    to the front of its turn, followed by a newline (the published normalisation); with several every placeholder stays
-    where it is, because moving them would lose which picture the text speaks of. Where no turn has a placeholder, the
-    pictures come before the first question. The original folds repeated placeholders of one turn into one; here any
-    other count than that of the pictures is an error. Videos have `<video>`, which stays where it is, or go before the
-    first question; where a sample has no picture, `<image>` may replace it, as in LLaVA-Video's sets. An answer
-    holds neither: no base answers in pictures.
+    Turns alternate, begin with the user and end with an answer; a tool may replace the user, and a system turn may come
+    first. A greeting, a first turn from the assistant, is kept untrained; the original drops it. With one picture its
+    placeholder moves to the front of its turn, followed by a newline (the published normalisation); with several every
+    placeholder stays where it is, because moving them would lose which picture the text speaks of. Where no turn has a
+    placeholder, the pictures come before the first question. The original folds repeated placeholders of one turn into
+    one; here any other count than that of the pictures is an error. Videos have `<video>`, which stays where it is, or
+    go before the first question; where a sample has no picture, `<image>` may replace it, as in LLaVA-Video's sets. An
+    answer holds neither: no base answers in pictures.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
     conversation = [*turns[len(system) :]]
-    conversation = conversation[1:] if conversation and conversation[0].role == "assistant" else conversation
+    greeting = [replace(turn, is_trained=False) for turn in conversation[:1] if turn.role == "assistant"]
+    conversation = conversation[len(greeting) :]
     _check_order(conversation)
-    system = [turn for turn in system if turn.text.strip()]
+    before = [turn for turn in (*system, *greeting) if turn.text.strip()]
     images, conversation = _by_number(images, conversation)
     conversation = _spelled_alike(len(images), conversation)
-    refuse_places([turn.text for turn in conversation if turn.role == "assistant"], has_videos=bool(videos))
+    answers = [turn.text for turn in (*before, *conversation) if turn.role == "assistant"]
+    refuse_places(answers, has_videos=bool(videos))
 
     def places(placeholder: str) -> int:
-        return sum(turn.text.count(placeholder) for turn in (*system, *conversation))
+        return sum(turn.text.count(placeholder) for turn in (*before, *conversation))
 
     if videos and not images and not places(VIDEO_PLACEHOLDER) and places(IMAGE_PLACEHOLDER) == len(videos):
         conversation = [
@@ -134,7 +136,7 @@ def arrange(
         trouble = f"placeholders differ from {kind}"
         if placed != count:
             raise Unusable(f"its text has {placed} {placeholder} placeholders, but it names {count} {kind}", trouble)
-        if any(placeholder in turn.text for turn in system):
+        if any(placeholder in turn.text for turn in before):
             raise Unusable(f"its system turn holds {placeholder}; {kind} belong to a question", trouble)
     if len(images) == 1 and not videos:
         conversation = [
@@ -143,7 +145,7 @@ def arrange(
             else turn
             for turn in conversation
         ]
-    return tuple(images), (*system, *conversation)
+    return tuple(images), (*before, *conversation)
 
 
 def _check_order(conversation: Sequence[Turn]) -> None:

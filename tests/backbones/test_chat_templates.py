@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, log_once
 from tests.backbones.encoded_talk import conversation, encode_talk, piece_encoder
 from tests.backbones.image_text_conversations import (
     ASKED,
@@ -175,6 +175,39 @@ def test_a_place_in_the_last_question_alone_serves_prompts(tmp_path: Path) -> No
         turns, pictures = with_system(TALKS[name])
         text = encoder.tokenizer.decode(encoder.encode_prompt(turns[:count], pictures).input_ids)
         assert text.rpartition("[INST]")[2].startswith(f"{SYSTEM.text}\n\n")
+
+
+GREETED = {
+    "chatml": (CHATML, True),
+    "gemma3": (CHAT["gemma3"], True),
+    "qwen2_vl": (CHAT["qwen2_vl"], True),
+    "smolvlm": (CHAT["smolvlm"], True),
+    "raising": ("{% if messages[0].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}" + CHATML, False),
+    "silent": ("{% if messages[0].role == 'assistant' %}{% set messages = messages[1:] %}{% endif %}" + CHATML, False),
+}
+"""Templates, and whether they write an answer before the first question."""
+
+
+@pytest.mark.parametrize("name", GREETED)
+def test_a_greeting_is_untrained_where_the_template_writes_it(caplog: Any, tmp_path: Path, name: str) -> None:
+    log_once.cache_clear()
+    template, is_kept = GREETED[name]
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "greeted", template=template))
+    for talk in ("one picture", TWO_QUESTIONS):
+        turns, pictures = TALKS[talk]
+        greeted = (Turn("assistant", "Hello. Ask me.", is_trained=False), *turns)
+        sample, plain = (sample_of(encoder, (said, pictures)) for said in (greeted, turns))
+        prompt = encoder.encode_prompt(greeted[:2], pictures).input_ids
+        expected = template_ids(
+            encoder, ((greeted if is_kept else turns)[: 2 if is_kept else 1], pictures), system_as_text=False
+        )
+        assert prompt.tolist() == expected.tolist()
+        assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(prompt)
+        assert torch.equal(sample.input_ids[: len(prompt)], prompt)
+        assert trained(encoder, sample) == trained(encoder, plain)
+        assert is_kept != torch.equal(sample.input_ids, plain.input_ids)
+        assert sorted(number for row in sample.rows() for number in row.answers) == [*range(1, len(greeted) // 2 + 1)]
+    assert ("greeting" in caplog.text) != is_kept
 
 
 QUESTION, ANSWER = TALKS["no picture"][0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,11 +25,11 @@ from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.specs import TemplateName
-from dora_vl.backbones.templates import PROMPTS, TEMPLATES
+from dora_vl.backbones.templates import PROMPTS, TEMPLATES, RoundTemplate
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Labelled, check_labels
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, log_once
 from tests.backbones.encoded_talk import NASTY, answers_of, conversation, encode_talk, piece_encoder, prompt_ids
 from tests.backbones.tiny_language import byte_tokenizer
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model
@@ -90,6 +91,43 @@ def test_a_samples_own_system_turn_stands_in_the_place_of_the_templates(name: st
     assert rendered.text.startswith(before)
     assert rendered.answer_spans[0][0] == len(before)
     assert not [span for span in rendered.controls if rendered.text[slice(*span)] == "</s>" and span[0] < 20]
+
+
+HELLO = Turn("assistant", "Hello!")
+GREETED = {
+    "vicuna_v1": "ASSISTANT: Hello!</s>USER: <image>\nHi ASSISTANT:« Ho</s>»",
+    "llava_v1": "ASSISTANT: Hello!</s>USER: <image>\nHi ASSISTANT:« Ho</s>»",
+    "chatml_direct": "<|im_start|>assistant\nHello!<|im_end|><|im_start|>user\n<image>\nHi<|im_end|>"
+    "<|im_start|>assistant\n«Ho<|im_end|>»",
+    "chatml": "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\n<image>\nHi<|im_end|>\n"
+    "<|im_start|>assistant\n«Ho<|im_end|>»",
+}
+"""What stands behind the template's own system text; other formats show who speaks by the question alone."""
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "question_answer", "nvlabs"])
+def test_a_greeting_is_context_or_left_out_and_named(caplog: Any, new_tokenizer: Any, name: str) -> None:
+    log_once.cache_clear()
+    coder = encoder() if name == "nvlabs" else piece_encoder(new_tokenizer, name)
+    images = 0 if name == "nvlabs" else 1
+    rounds = conversation("<image>\nHi" if images else "Hi", "Ho", images=images)
+    greeted = replace(rounds, turns=(replace(HELLO, is_trained=False), *rounds.turns))
+    chat, plain = (coder.prompts.render(example.turns) for example in (greeted, rounds))
+    assert chat.answers == (1,)
+    (start, end), prompt = chat.answer_spans[0], coder.prompts.render(greeted.turns[:-1], generation_prompt=True)
+    if name in GREETED:
+        text = f"{chat.text[:start]}«{chat.text[start:end]}»{chat.text[end:]}"
+        assert isinstance(template := TEMPLATES[name], RoundTemplate)
+        assert text == template.system + GREETED[name]
+        assert prompt.text == chat.text[:start]
+    else:
+        assert (chat.text, chat.answer_spans) == (plain.text, plain.answer_spans)
+        assert prompt.text == coder.prompts.render(rounds.turns[:-1], generation_prompt=True).text
+    assert (name in caplog.text) == (name not in GREETED)
+    ids, expected = encode_talk(coder, greeted), encode_talk(coder, rounds)
+    assert ids.labels[ids.labels != -100].tolist() == expected.labels[expected.labels != -100].tolist()
+    assert ids.media == expected.media == greeted.images
+    check_labels([Labelled(id="7", labels=ids.labels, answers=coder.answers(greeted)[1:], tokenizer=coder.tokenizer)])
 
 
 def test_captions(new_tokenizer: PreTrainedTokenizerBase) -> None:
