@@ -207,7 +207,6 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     from dora_vl.backbones.loading import load_pretrained
-    from dora_vl.data.batches import Collator
     from dora_vl.data.columns import train_files
     from dora_vl.data.samples import BOOKKEEPING
     from dora_vl.data.table import load_training_rows
@@ -221,7 +220,7 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
     rows = load_training_rows(train_files(config.data.files))[0]
     videos = VideoReading(folder=video_folder(config.data), sampling=video_sampling(config.data))
     samples = RowEncoder(encoder=encoder, folder=image_folder(config.data), videos=videos).dataset(rows, rows.stored)
-    plain = Collator(encoder.pad_token_id)
+    plain = encoder.collate
 
     def batch(items: list[dict[str, int]]) -> dict[str, Any]:
         joined = plain([samples[item["index"]] for item in items])

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pictures
+from dora_vl.backbones.base import config_of, max_positions, model_type_of, sees_pictures
+from dora_vl.backbones.families.table import LLAVA, quirks_of
 from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.packed_attention import OwnPositions
 from dora_vl.backbones.pieces import STAND_IN, PieceProcessor, from_offsets
-from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
+from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.specs import TrainOn
 from dora_vl.backbones.templates import PROBE, VIDEO_MARK, Chat, Instruction, Prompts, shared_beginning
 from dora_vl.backbones.towers import Aspect, ImagePreparation
@@ -34,9 +34,9 @@ from dora_vl.backbones.video_inputs import (
     repeated,
     video_arguments,
 )
-from dora_vl.data.batches import ALIGNED
+from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
-from dora_vl.data.samples import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
+from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Encoded, Sample, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
@@ -126,6 +126,7 @@ class Encoder:
         self.processor = processor
         self.prompts = prompts
         self.tokenizer = processor.tokenizer
+        self.quirks = quirks_of(processor)
         self.max_positions = max_positions
         self.max_tokens = min(max_tokens, max_positions or max_tokens)
         self.sees_pictures = not isinstance(processor, PieceProcessor) or processor.pixels is not None
@@ -133,10 +134,13 @@ class Encoder:
         """`take_positions_of` sets it for a family that counts along several axes."""
 
     @property
-    def pad_token_id(self) -> int:
-        """Returns the id that fills short rows; they are masked, so any id does where the tokenizer has none."""
+    def collate(self) -> Collator:
+        """Returns what joins samples as the model's family takes them.
+
+        Padding is masked, so any id does where the tokenizer has none for it.
+        """
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in ids if token is not None))
+        return Collator(int(next(token for token in ids if token is not None)), join=self.quirks.join)
 
     @functools.cached_property
     def tokens_per_image(self) -> int:
@@ -403,7 +407,7 @@ class Encoder:
             options["add_special_tokens"] = False  # apply_chat_template does the same
         if "mm_token_type_ids" in self.processor.model_input_names:
             options["return_mm_token_type_ids"] = True  # Cosmos 3 Edge's needs them, and its processor waits for this
-        options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
+        options |= self.quirks.options
         if chat.suffix is not None:
             options["suffix"] = [chat.suffix]
         if chat.controls:

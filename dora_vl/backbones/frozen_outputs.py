@@ -99,7 +99,7 @@ class FrozenParts:
             for name, recorded in _recorded(model, self.calls, inputs).items()
         }
 
-    def outputs_of_each(self, model: Any, samples: Sequence[Sample], pad_token_id: int) -> list[Outputs]:
+    def outputs_of_each(self, model: Any, samples: Sequence[Sample], collate: Collator) -> list[Outputs]:
         """Computes what is stored for each sample, `SAMPLES_PER_PASS` at a time; pictures have equal shapes."""
         single = self.outputs_of(model, inputs_of(model, samples[0]))
         if len(samples) == 1:
@@ -107,7 +107,7 @@ class FrozenParts:
         each: list[Outputs] = []
         for start in range(0, len(samples), SAMPLES_PER_PASS):
             several = samples[start : start + SAMPLES_PER_PASS]
-            joined = self.outputs_of(model, model_inputs(model, Collator(pad_token_id)(several)))
+            joined = self.outputs_of(model, model_inputs(model, collate(several)))
             each += [self._part(joined, number, len(several)) for number in range(len(several))]
             if not _nearly_equal(single, each[0]):
                 return [self.outputs_of(model, inputs_of(model, sample)) for sample in samples]
@@ -231,9 +231,8 @@ def find_parts(model: Any, inputs: Mapping[str, Any], doubled: Mapping[str, Any]
 
 
 @torch.no_grad()
-def _verify(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_id: int) -> None:
+def _verify(model: Any, parts: FrozenParts, samples: Sequence[Sample], collate: Collator) -> None:
     """Compares a decoder's inputs with those from stored outputs. Raises NotStorable: they differ, or never change."""
-    collate = Collator(pad_token_id)
     plain = _decoder_inputs(model, model_inputs(model, collate(samples)))
     outputs = [
         parts.outputs_of(model, inputs_of(model, sample))
@@ -272,11 +271,11 @@ def find_verified_parts(model: Any, encoder: Encoder) -> FrozenParts:
     for shown in (pictures[1:], []):
         with contextlib.suppress(BadSample):  # some families take only one picture, or no words without
             samples.append(encoder.media_sample(shown))
-    pair = model_inputs(model, Collator(encoder.pad_token_id)([sample, sample]))
+    pair = model_inputs(model, encoder.collate([sample, sample]))
     try:
         parts = find_parts(model, inputs_of(model, sample), pair)
         for rows in ([sample, sample], samples):
-            _verify(model, parts, rows, encoder.pad_token_id)
+            _verify(model, parts, rows, encoder.collate)
     except (RuntimeError, ValueError, IndexError) as error:
         raise NotStorable(f"the model cannot run the frozen parts, or feed their outputs back: {error}") from error
     return parts
@@ -505,7 +504,7 @@ class OutputStore:
         self, model: Any, parts: FrozenParts, reader: PictureReader, rows: Sequence[tuple[str, Any, Sample]], total: int
     ) -> None:
         """Stores the outputs of some samples' pictures; the first call checks that all of them have room."""
-        outputs = parts.outputs_of_each(model, [sample for _, _, sample in rows], reader.encoder.pad_token_id)
+        outputs = parts.outputs_of_each(model, [sample for _, _, sample in rows], reader.encoder.collate)
         for (key, sizes, _), of_sample in zip(rows, outputs, strict=True):
             described, tensors = _described(of_sample)
             if not self._has_room:

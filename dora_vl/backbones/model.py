@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -22,20 +23,21 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 
 from dora_vl.adapters.adapter import local_folder
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.backbones.base import Attention, Backbone, Expected, Features, decoder_of, head_of
-from dora_vl.backbones.encoder import GREY, Encoder
-from dora_vl.backbones.families import (
-    BYPASSED,
-    CROSSING,
-    LLAVA,
-    PROJECTORS,
-    SEES,
-    TURNED_UNDER_ZERO3,
+from dora_vl.backbones.base import (
+    Attention,
+    Backbone,
+    Expected,
+    Features,
     config_of,
+    decoder_of,
+    head_of,
     is_language_model,
     model_type_of,
     sees_pictures,
 )
+from dora_vl.backbones.encoder import GREY, Encoder
+from dora_vl.backbones.families.quirks import CROSSING, words_pass_by
+from dora_vl.backbones.families.table import BYPASSED, LLAVA, PROJECTORS, TURNED_UNDER_ZERO3
 from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
 from dora_vl.backbones.generation import ScoreWatch
 from dora_vl.backbones.loading import check_quantised, load_pretrained, quantised_loading
@@ -45,7 +47,6 @@ from dora_vl.core.config import Quantisation
 from dora_vl.core.inject import find_adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import is_quantised
-from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
 from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
@@ -74,7 +75,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         self.causal = model.config.model_type == LLAVA or is_language_model(model.config.model_type)
         for module in model.modules():
             if CROSSING in dict(module.named_children()):
-                module.register_forward_hook(_words_pass_by, with_kwargs=True)
+                module.register_forward_hook(words_pass_by, with_kwargs=True)
         self.packed_attention = PackedAttention(model, decoder_of(model))
         self._head_is_last: bool | None = None
         """True where the output layer's scores are neither scaled nor capped afterwards; the first pass finds out."""
@@ -260,16 +261,6 @@ def _asks_for_gradients(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) 
     return embedded if embedded.requires_grad else embedded.detach().requires_grad_()
 
 
-def _words_pass_by(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Any], output: Tensor) -> Tensor:
-    """Undoes a layer's change of rows that see no picture.
-
-    Transformers skips such layers where no row of a batch has a picture. Where one has, the others attend to all
-    pictures alike.
-    """
-    sees = named.get(SEES)
-    return output if sees is None else torch.where(sees.flatten(1).any(1)[:, None, None], output, inputs[0])
-
-
 def adapted_decoder(model: PreTrainedModel) -> nn.Module:
     """Returns the language model's layers; refuses a model that does not tell them from the rest."""
     decoder = decoder_of(model)
@@ -406,7 +397,7 @@ def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: Packin
         with torch.no_grad(), _whole_weights(backbone):
             samples = _samples(encoder)
             if any(weight.is_meta for weight in backbone.parameters()):  # a skeleton gives no scores
-                Collator(encoder.pad_token_id, packing=requested)(samples)
+                replace(encoder.collate, packing=requested)(samples)
                 return requested, None
             apart = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
             with _last_bits(backbone):
@@ -445,7 +436,7 @@ def _samples(encoder: Encoder) -> list[Sample]:
 
 def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], packing: Packing) -> Tensor:
     """Computes the scores of labelled tokens, in the order of the samples."""
-    batch = Collator(encoder.pad_token_id, packing=packing)(samples)
+    batch = replace(encoder.collate, packing=packing)(samples)
     inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
     inputs = send_to_device(inputs, next(backbone.parameters()).device)
     return backbone(**inputs, keep_logits=True).logits.double().cpu()

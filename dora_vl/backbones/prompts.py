@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dora_vl.backbones.families.table import quirks_of
 from dora_vl.backbones.pieces import PieceProcessor
-from dora_vl.backbones.specs import FormatName, TrainOn
+from dora_vl.backbones.specs import TrainOn
 from dora_vl.backbones.templates import (
     BREAK,
     CALL,
@@ -462,8 +463,8 @@ class QuestionAnswer(Prompts):
         if not self._end or (pictures and not self._picture):
             lacking = "a token for a picture" if self._end else "an end token"
             raise UserError(f"model.template: question_answer needs {lacking}, and the processor of {name} names none")
-        options = PROCESSOR_OPTIONS.get(type(processor).__name__)
-        if options is None:
+        options = quirks_of(processor).options
+        if not options:
             return
         # Before 5.23 transformers puts the separator after a Chameleon's text whatever is asked: it would be trained.
         encoded = [int(token) for token in processor(text=["."], **options)["input_ids"][0]]
@@ -524,14 +525,6 @@ class PaliGemma(Prompts):
 FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType(
     {"question_answer": QuestionAnswer, "paligemma": PaliGemma}
 )
-PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "ChameleonProcessor": {"return_for_text_completion": True},  # or it puts a separator after every text
-        "MiniMaxM3VLProcessor": {"return_mm_token_type_ids": False},  # it lists them; its model refuses them
-    }
-)
-OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "paligemma"})
-"""Maps processors to the only format that they take, whatever the settings say of chat templates."""
 
 
 def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -554,11 +547,10 @@ def prompts_of(
     thinking: bool | None = None,
 ) -> Prompts:
     """Chooses how a processor's turns become text: by the format `template`, or else by its chat template."""
-    own = OWN_FORMAT.get(type(processor).__name__)
     pieces = isinstance(processor, PieceProcessor)
     if template is None and pieces and pictures:
         template = usual_template(processor.tokenizer)
-    chosen = template if template in FORMATS else own
+    chosen = template if template in FORMATS else quirks_of(processor).format
     if chosen is not None:
         return FORMATS[chosen](processor, name, pictures=pictures)
     if template is None or template == ProcessorChat.name:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, product
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,14 +16,8 @@ from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 PACKED_TOKENS = 8_192
 """A packed row holds about this many tokens at most; a larger micro-batch becomes several rows."""
-BY_ROW = "cross_attention_mask"
-"""A family with this input (mllama) looks its pictures up by row, so a text-only row has pictures of zeros."""
-IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
-"""A model with the input on the right (MiniCPM-V) takes the patches of all pictures, on the left, in one row."""
-FIRST_TILE = "aspect_ratio_mask"
-"""This input of mllama's says that the first tile of a missing picture is there, or attention divides by zero."""
-POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
-"""Molmo 2's inputs on the left point to patches of a batch's pixels, -1 for none; a later sample's begin further on."""
+Join: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+"""Joins what each sample of a batch has beside its tokens, by the names of its inputs."""
 
 
 def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
@@ -86,18 +80,39 @@ def answers_of(groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     return {**tensors, "keys": keys}
 
 
+def values_by_name(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Returns what those samples that have an input have there."""
+    names = dict.fromkeys(name for inputs in samples for name in inputs)
+    return {name: [inputs[name] for inputs in samples if name in inputs] for name in names}
+
+
+def joined_values(values: Sequence[Any]) -> Any:
+    """Joins tensors along their first dimension, filled with zeros where others differ; lists one after another.
+
+    Other dimensions are tiles of a picture, or pictures of a sample; processors do so in a batch of their own.
+    """
+    if all(isinstance(value, Tensor) for value in values):
+        return stacked(values, 0)
+    return [entry for value in values for entry in value]
+
+
+def concatenated(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Joins each input that samples have beside their tokens, which suits almost every family; a `Join`."""
+    return {name: joined_values(values) for name, values in values_by_name(samples).items()}
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Joins samples' inputs by name: tokens are padded, pictures are concatenated.
+    """Joins samples' inputs by name: tokens are padded, pictures are joined by `join`.
 
-    Tensors are joined along their first dimension and filled with zeros where other dimensions differ (tiles of a
-    picture, pictures of a row), which is what processors do in a batch of their own. A batch without pictures gets a
-    further row, `dummy`: under ZeRO-3 every rank must run the vision part, and what trains in it gets gradients of
-    zero instead of none. A batch without videos gets `dummy_video`, since ranks must run it equally often, and in many
-    families pictures and videos are a pass each; where they have the same inputs, either will do.
+    A batch without pictures gets a further row, `dummy`: under ZeRO-3 every rank must run the vision part, and what
+    trains in it gets gradients of zero instead of none. A batch without videos gets `dummy_video`, since ranks must run
+    it equally often, and in many families pictures and videos are a pass each; where they have the same inputs, either
+    will do.
 
     Args:
         pad_token_id: fills short rows.
+        join: joins what samples have beside their tokens; `Encoder.collate` has its family's.
         dummy: a row with a picture and without labels; None where no rank ever sees a picture, and in decoding.
         dummy_video: likewise with a video.
         pad_side: training pads on the right; decoding needs the left.
@@ -111,6 +126,7 @@ class Collator:
     """
 
     pad_token_id: int
+    join: Join = concatenated
     dummy: Sample | None = None
     dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
@@ -208,31 +224,10 @@ class Collator:
         return joined | self._joined_media(samples)
 
     def _joined_media(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Returns what the samples have beside their tokens, concatenated."""
-        joined: dict[str, Any] = {}
-        by_row = any(BY_ROW in sample.inputs for sample in samples)
-        for name in dict.fromkeys(name for sample in samples for name in sample.inputs if name not in ALIGNED):
-            values = [sample.inputs[name] for sample in samples if name in sample.inputs]
-            if by_row:
-                values = [sample.inputs.get(name, torch.zeros_like(values[0])) for sample in samples]
-            if any(IN_ONE_ROW.get(name) in sample.inputs for sample in samples):
-                joined[name] = torch.cat(values, dim=-1)
-            elif name in POINTING:
-                pixels = [sample.inputs[POINTING[name]] for sample in samples if name in sample.inputs]
-                starts = accumulate((patches.shape[0] * patches.shape[1] for patches in pixels), initial=0)
-                moved = [
-                    torch.where(indices >= 0, indices + start, indices)
-                    for indices, start in zip(values, starts, strict=False)
-                ]
-                joined[name] = stacked(moved, -1)
-            elif all(isinstance(value, Tensor) for value in values):
-                joined[name] = stacked(values, 0)
-            else:
-                joined[name] = [entry for value in values for entry in value]
-        if by_row and FIRST_TILE in joined:
-            joined[FIRST_TILE][:, :, 0] = 1
+        """Returns what the samples have beside their tokens, joined."""
+        media = [{name: value for name, value in sample.inputs.items() if name not in ALIGNED} for sample in samples]
         stored = [outputs for sample in samples for outputs in sample.stored]
-        return joined | ({"stored": stored} if stored else {})
+        return self.join(media) | ({"stored": stored} if stored else {})
 
     def _tokens(self, rows: Sequence[Tensor], value: int) -> Tensor:
         if self.pad_side == "left":

@@ -23,7 +23,6 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import NotStorable, Outputs, find_verified_parts, with_stored_outputs
 from dora_vl.backbones.generation import NO_TOKEN, NOT_YET_A_CHARACTER, NotFiniteScores, growing_text
 from dora_vl.backbones.model import check_packing
-from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
 from dora_vl.data.example import Clip, Example
 from dora_vl.data.samples import ALIGNED, BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
@@ -76,7 +75,7 @@ class EncoderPrompts:
         self, samples: Sequence[Sample], side: Literal["left", "right"], packing: Packing = "plain"
     ) -> Mapping[str, Any]:
         """Makes a batch padded on one side; a tree has the samples of a picture."""
-        return Collator(self.encoder.pad_token_id, pad_side=side, packing=packing)(samples)
+        return replace(self.encoder.collate, pad_side=side, packing=packing)(samples)
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """Returns a decoder for the growing ids of one answer."""
@@ -160,7 +159,7 @@ class PictureOutputCache:
     """
 
     def __init__(self, backbone: Any, encoder: Encoder) -> None:
-        self._backbone, self._pad_token_id = backbone, encoder.pad_token_id
+        self._backbone, self._collate = backbone, encoder.collate
         backbone.frozen_parts = backbone.frozen_parts or find_verified_parts(backbone.model, encoder)
         self._outputs: dict[tuple[str | Clip, ...], Outputs] = {}
 
@@ -170,7 +169,7 @@ class PictureOutputCache:
         new = {media: sample for media, sample in firsts.items() if media not in self._outputs}
         if new:
             parts, model = self._backbone.frozen_parts, self._backbone.model
-            given = parts.outputs_of_each(model, [*new.values()], self._pad_token_id)
+            given = parts.outputs_of_each(model, [*new.values()], self._collate)
             self._outputs |= dict(zip(new, given, strict=True))
         self._outputs = {media: self._outputs[media] for media in firsts}  # the next batch goes on with the last
         return [

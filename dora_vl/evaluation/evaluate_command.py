@@ -201,7 +201,7 @@ def _evaluate_model(
     exchange: bool,
 ) -> tuple[list[Tested], ResultFolder]:
     """Asks a model every benchmark and scores it; with `exchange` also about others' pictures."""
-    from dora_vl.backbones.families import sees_pictures
+    from dora_vl.backbones.base import sees_pictures
     from dora_vl.evaluation.open_model import ModelRequest, find_source, model_hashes, open_model
     from dora_vl.evaluation.predict import evaluate
     from dora_vl.run.base import VLBART

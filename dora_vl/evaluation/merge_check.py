@@ -25,7 +25,7 @@ from dora_vl.adapters.files import DTYPES
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.merge import CHECK_FILE
 from dora_vl.backbones import register_towers
-from dora_vl.backbones.families import sees_pictures
+from dora_vl.backbones.base import sees_pictures
 from dora_vl.backbones.loading import load_pretrained
 from dora_vl.core import merge_dora, strip_adapters
 from dora_vl.data.example import Example, iterate_examples

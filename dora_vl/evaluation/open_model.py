@@ -24,9 +24,9 @@ from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter, no_adapter
 from dora_vl.adapters.settings import check_peft_fields
-from dora_vl.backbones.base import Attention, Backbone, max_positions
+from dora_vl.backbones.base import Attention, Backbone, max_positions, model_type_of
 from dora_vl.backbones.encoder import open_encoder
-from dora_vl.backbones.families import NOT_TRAINED, model_type_of
+from dora_vl.backbones.families.table import NOT_TRAINED
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.prompts import FORMATS
 from dora_vl.backbones.templates import PROMPTS, TEMPLATES

@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.quantised_base import check_runs_here
+from dora_vl.backbones.base import check_trained, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.families import LLAVA, check_trained, config_of, model_type_of, sees_pictures
+from dora_vl.backbones.families.table import LLAVA
 from dora_vl.backbones.loading import check_made_from
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, Video, repeated
 from dora_vl.data.pictures import MediaFolder

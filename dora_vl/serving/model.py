@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.adapters.multi_adapter import AdapterSlots, Layers, rows_seen
 from dora_vl.backbones.base import Backbone, decoder_of
-from dora_vl.backbones.families import LLAVA
+from dora_vl.backbones.families.table import LLAVA
 from dora_vl.core.strength import AppliedAdapter
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, short_repr

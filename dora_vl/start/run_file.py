@@ -103,7 +103,8 @@ def choose_base(model: str | None) -> Base:
         return Base(name=name, is_llava="llava-1.5" in name.lower(), parameters=parameters, takes_words=words)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {name} is an adapter's folder; name the base that it was trained on")
-    from dora_vl.backbones.families import LLAVA, check_trained, model_type_of  # transformers: not for --help
+    from dora_vl.backbones.base import check_trained, model_type_of  # transformers: not for --help
+    from dora_vl.backbones.families.table import LLAVA
     from dora_vl.backbones.loading import SETTINGS_FILE, load_tokenizer
     from dora_vl.backbones.prompts import usual_template
 

@@ -13,9 +13,8 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 
-from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.base import Backbone, sees_pictures
 from dora_vl.backbones.encoder import Encoder, open_encoder
-from dora_vl.backbones.families import sees_pictures
 from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader
 from dora_vl.backbones.model import (
     DecoderBackbone,
@@ -264,8 +263,8 @@ class DecoderPipeline(Pipeline):
                 seen = projector_inputs(decoder.config, outputs, reader, [names for names, _, _ in rounds])
                 start_projector(decoder.model.base_model, encoder.tokenizer, rounds, seen, form, file)
         objective = self.config.objective
-        collate = Collator(
-            encoder.pad_token_id,
+        collate = replace(
+            encoder.collate,
             dummy=dummy,
             dummy_video=encoder.dummy_video() if videos else None,
             packing=packing,

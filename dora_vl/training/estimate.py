@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dora_vl.backbones.families import LLAVA
+from dora_vl.backbones.families.table import LLAVA
 from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.errors import UserError
 from dora_vl.run.arguments import check_training_section, read_deepspeed

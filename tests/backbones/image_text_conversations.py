@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.video_inputs import metadata, pixels
-from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.data.turns import Clip, Turn
@@ -167,7 +167,7 @@ def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
 def batch_of(encoder: Encoder, conversations: Sequence[Conversation]) -> dict[str, Any]:
     """The conversations as training batches them, with the further row where no conversation has a picture."""
     dummy = encoder.dummy() if encoder.sees_pictures else None
-    collate = Collator(encoder.pad_token_id, dummy=dummy)
+    collate = replace(encoder.collate, dummy=dummy)
     return inputs_of(collate([sample_of(encoder, conversation) for conversation in conversations]))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from dora_vl.backbones.families import NOT_TRAINED
+from dora_vl.backbones.families.table import NOT_TRAINED
 from tests.backbones.tiny_families.family import Family
 from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +22,6 @@ from dora_vl.backbones.frozen_outputs import StoredRow
 from dora_vl.backbones.generation import growing_text
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
-from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.packing import build_trees
 from dora_vl.data.pictures import MediaFolder
@@ -265,7 +265,7 @@ def test_rounds_of_one_talk_share_what_they_begin_with_and_train_each_token_once
         encoded = encoder.encode(Example("conversation", names, talk_of(3, (True,) * 3, shown)), pictures)
         sample = Sample(**vars(encoded), index=5, id="conversation")
         assert [(row.id, row.index) for row in sample.rows()] == [("conversation", 5)] * 3
-        plain, trees = (Collator(encoder.pad_token_id, packing=kind)([sample]) for kind in ("plain", "trees"))
+        plain, trees = (replace(encoder.collate, packing=kind)([sample]) for kind in ("plain", "trees"))
         assert plain["samples"] == trees["samples"] == 1
         trained = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in (plain, trees)]
         assert trained[0] == trained[1] == sum(int((row.labels != IGNORED_LABEL).sum()) for row in sample.rows())

@@ -20,12 +20,13 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from dora_vl import files
+from dora_vl.backbones.base import check_trained, model_type_of
 from dora_vl.backbones.encoder import Encoder, load_processor
-from dora_vl.backbones.families import NOT_TRAINED, check_trained, model_type_of
+from dora_vl.backbones.families.table import NOT_TRAINED
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.model import open_backbone, refuse_turned_experts, skeleton_of
 from dora_vl.backbones.video_inputs import Video, repeated
-from dora_vl.data.batches import ALIGNED, Collator
+from dora_vl.data.batches import ALIGNED
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Labelled, check_labels
 from dora_vl.data.turns import Turn
@@ -109,7 +110,7 @@ def test_a_batch_is_the_processor_s_own(folders: Folders, family: str) -> None:
         if family.endswith(VIDEO)
         else [conversations["one picture"], [*conversations.values()][-1]]
     )
-    batch = inputs_of(Collator(encoder.pad_token_id)([sample_of(encoder, conversation) for conversation in pair]))
+    batch = inputs_of(encoder.collate([sample_of(encoder, conversation) for conversation in pair]))
     del batch["labels"]
     theirs = processor_inputs(encoder, family, pair)
     if family == f"smolvlm{VIDEO}":  # a row for each video there, and one for each sample here: its model reads alike

@@ -109,7 +109,7 @@ def test_with_videos_too(folders: Folders, family: str, conversations: Sequence[
     if one_kind and conversations == MIXED:
         pytest.skip("pictures and videos of one batch are refused before training")
     dummy = None if one_kind else encoder.dummy()
-    collate = Collator(encoder.pad_token_id, dummy=dummy, dummy_video=encoder.dummy_video(4))
+    collate = replace(encoder.collate, dummy=dummy, dummy_video=encoder.dummy_video(4))
     samples = [sample_of(encoder, VIDEO_TALKS[conversation]) for conversation in conversations]
     lengths = () if VIDEO_FAMILIES[family].one_length or conversations == MIXED else (SHORT,)
     samples += [sample_of(encoder, (VIDEO_TALKS["one video"][0], (), (video,))) for video in lengths]
@@ -247,10 +247,10 @@ def check_same_training(
 ) -> None:
     """Packed and as trees, loss and every gradient are those of a row for each sample."""
     with double_precision(backbone):
-        plain = trained(backbone, Collator(encoder.pad_token_id), [[sample] for sample in samples])
+        plain = trained(backbone, encoder.collate, [[sample] for sample in samples])
         kinds: tuple[Packing, ...] = ("packed", "trees")
         for kind in kinds:
-            rows = trained(backbone, Collator(encoder.pad_token_id, packing=kind), [samples])
+            rows = trained(backbone, replace(encoder.collate, packing=kind), [samples])
             assert rows[0] == pytest.approx(plain[0], rel=1e-10)
             for name, gradient in plain[1].items():
                 torch.testing.assert_close(rows[1][name], gradient, rtol=1e-8, atol=1e-10)

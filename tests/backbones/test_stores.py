@@ -24,7 +24,6 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, find_verified_parts
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.vision_store import FeatureReader, FeatureRow, FeatureWriter, open_features
-from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, StoredPictures
 from dora_vl.data.samples import Sample
@@ -250,7 +249,7 @@ def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapp
     store = OutputStore(tmp_path / "cache", backbone.model, parts, reader.settings())
     missing = store.missing(reader, [("red.png",), ("red.png", "deep/blue.png")])
     store.fill(backbone.model, parts, reader, missing)
-    collate = Collator(encoder.pad_token_id)
+    collate = encoder.collate
     batch = inputs_of(collate(samples_of(encoder, tmp_path, family, None)))
     stored = inputs_of(collate(samples_of(encoder, tmp_path, family, store)))
     assert {name: value.shape for name, value in batch.items() if isinstance(value, torch.Tensor)} == {
@@ -285,7 +284,7 @@ def test_pictures_of_one_size_go_through_together(family, folders, monkeypatch) 
     passes: list[object] = []
     single = FrozenParts.outputs_of
     monkeypatch.setattr(FrozenParts, "outputs_of", lambda *args: passes.append(args) or single(*args))
-    outputs = parts.outputs_of_each(model, samples, encoder.pad_token_id)
+    outputs = parts.outputs_of_each(model, samples, encoder.collate)
     assert len(passes) == 2, "one alone, and one of all"
     for output, other in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True):
         if isinstance(other, torch.Tensor):

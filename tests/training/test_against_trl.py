@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,6 @@ from transformers import AutoProcessor
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
 from dora_vl.core import DoRAConfig, apply_dora
-from dora_vl.data.batches import Collator
 from dora_vl.heads.objectives import OBJECTIVES
 from dora_vl.heads.preferences import Answers, Hyperparameters
 from dora_vl.training.losses import PreferenceLoss, Reference
@@ -149,7 +149,7 @@ def test_a_model_with_pictures_has_the_loss_that_trls_trainer_computes(name: str
     )
     for packing in ("trees", "plain"):
         ours.zero_grad()
-        loss = ours(**inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True)(samples)))["loss"]
+        loss = ours(**inputs_of(replace(encoder.collate, packing=packing, compares=True)(samples)))["loss"]
         torch.testing.assert_close(loss, expected, rtol=2e-5, atol=2e-5)
         loss.backward()
         for key, weight in model.named_parameters():

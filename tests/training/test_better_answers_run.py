@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,7 @@ def test_trees_and_plain_rows_are_the_same_under_two_pictures(family: str, tmp_p
         backbone.train(), losses=MDPO["loss"], hyperparameters=Hyperparameters(beta=0.5), reference=reference
     )
     outputs = [
-        loss(**inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True)(items)))
+        loss(**inputs_of(replace(encoder.collate, packing=packing, compares=True)(items)))
         for packing in ("trees", "plain")
     ]
     assert outputs[0]["rewards/picture_margin"].abs() > 1e-3

@@ -19,7 +19,6 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
-from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
@@ -89,7 +88,7 @@ def result(loss: PreferenceLoss, batches: Sequence[dict[str, Any]]) -> tuple[flo
 
 
 def batch_of(encoder: Encoder, samples: Sequence[Sample], packing: Any) -> dict[str, Any]:
-    return inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True)(samples))
+    return inputs_of(replace(encoder.collate, packing=packing, compares=True)(samples))
 
 
 @pytest.mark.parametrize("name", sorted(name for name, row in OBJECTIVES.items() if row.loss))
@@ -155,7 +154,7 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
     reference, before = Reference(backbone.model), copy.deepcopy(backbone)
     disturb(backbone.model)
     samples = items(encoder)
-    batch = inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True, unmatched=True)(samples))
+    batch = inputs_of(replace(encoder.collate, packing=packing, compares=True, unmatched=True)(samples))
     assert batch["weights"].tolist() == [1, -1, 0, 1, -1, -1, 0, 1, -1, 0]
     loss = PreferenceLoss(backbone, losses={"kto": 1.0}, hyperparameters=HYPER, reference=reference)
     value = loss(**batch)["loss"].item()
@@ -163,7 +162,7 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
     def gain(prompt: Example, text: str) -> float:
         pictures = [PICTURES[name] for name in prompt.images]
         sample = Sample(**vars(encoder.encode_choice(prompt.turns[:1], text, pictures)))
-        batch, sums = inputs_of(Collator(encoder.pad_token_id)([sample])), []
+        batch, sums = inputs_of(encoder.collate([sample])), []
         with torch.no_grad():
             sums = [-model(**batch).losses.sum().item() for model in (backbone, before)]
         return sums[0] - sums[1]
@@ -180,7 +179,7 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
 
 def test_kto_takes_no_answer_to_the_same_prompt(encoder: Encoder) -> None:
     samples = items(encoder)
-    collate = Collator(encoder.pad_token_id, packing="plain", compares=True, unmatched=True)
+    collate = replace(encoder.collate, packing="plain", compares=True, unmatched=True)
     assert collate(samples[:1])["weights"].tolist() == [1, -1]
     good, bad, other = samples[0], replace(samples[0], index=1), samples[1]
     batch = collate([other, good, bad])
@@ -259,7 +258,7 @@ def test_the_reference_of_sharded_weights_on_two_ranks(tiny_llava: Path) -> None
 
 
 def test_what_the_reference_says_is_kept_for_later_epochs(encoder: Encoder, backbone: DecoderBackbone) -> None:
-    samples, collate = items(encoder), Collator(encoder.pad_token_id, packing="trees", compares=True)
+    samples, collate = items(encoder), replace(encoder.collate, packing="trees", compares=True)
     epochs = [[samples[:2], samples[2:]], [samples[::2], samples[1:2]], [samples]]
     losses, calls = dict[bool, list[torch.Tensor]](), list[object]()
     start = copy.deepcopy(backbone.state_dict())
@@ -312,7 +311,7 @@ def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **set
     return Rollouts(
         source=source,
         device=torch.device("cpu"),
-        collate=Collator(encoder.pad_token_id, packing=packing, keeps_samples=True),
+        collate=replace(encoder.collate, packing=packing, keeps_samples=True),
         example_of=lambda index: EXAMPLES[index],
         group=GROUP,
         max_new_tokens=LONGEST,
@@ -323,7 +322,7 @@ def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **set
 
 
 def collated(encoder: Encoder) -> dict[str, Any]:
-    return Collator(encoder.pad_token_id, keeps_samples=True)(items(encoder))
+    return replace(encoder.collate, keeps_samples=True)(items(encoder))
 
 
 def all_log_probs(model: DecoderBackbone, sample: Sample) -> torch.Tensor:
@@ -519,7 +518,7 @@ def test_chats_are_learned_by_how_far_the_model_is_from_its_start(
     mixed = [samples[1], own[0], samples[0], own[2], own[1], samples[2]]
     before, reference = copy.deepcopy(backbone), Reference(backbone.model)
     disturb(backbone.model)
-    batch = Collator(encoder.pad_token_id, packing=packing, chats_from=10, dummy=encoder.dummy())(mixed)
+    batch = replace(encoder.collate, packing=packing, chats_from=10, dummy=encoder.dummy())(mixed)
     trained = [weight for weight in backbone.model.parameters() if weight.requires_grad]
     module = NextTokenLoss(backbone, step_tokens=False, reference=reference)
     for _ in range(2):  # the first pass finds out how the model scores
