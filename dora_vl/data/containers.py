@@ -199,7 +199,6 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
 
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-ClassNames = Mapping[str, Sequence[str]]
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -245,21 +244,30 @@ def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(source)
 
 
-def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
-    """Returns the class names of `datasets`' ClassLabel columns, as it writes them beside a schema."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
-        return {name: list(kind["names"]) for name, kind in named.items()}
-    except (KeyError, ValueError, TypeError, AttributeError):  # another program's
-        return {}
+def _classes(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of `datasets`' features, as it writes them in JSON, that are or hold a ClassLabel."""
+    return {column: feature for column, feature in features.items() if "'ClassLabel'" in str(feature)}
 
 
-def _as_written(row: dict[str, object], names: ClassNames) -> dict[str, object]:
+def _with_names(value: object, feature: Any) -> object:
+    """Returns a value with the class's name for each number that a ClassLabel is; lists and objects hold such too."""
+    feature = feature[0] if isinstance(feature, list) and feature else feature  # as `datasets` wrote lists before
+    if not isinstance(feature, Mapping):
+        return value
+    within = feature.get("feature", feature) if isinstance(feature.get("_type"), str) else feature
+    if isinstance(value, list):
+        return [_with_names(each, within) for each in value]
+    if isinstance(value, dict):
+        return {key: _with_names(each, within.get(key)) for key, each in value.items()}
+    names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+    if not isinstance(names, list) or not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None  # -1: no label, as `datasets` has it
+
+
+def _as_written(row: dict[str, object], classes: Mapping[str, Any]) -> dict[str, object]:
     """Returns the row with a class's name for its number, and without the nulls that fill its objects."""
-    for column, words in names.items():
-        if isinstance(number := row.get(column), int):
-            row[column] = words[number] if 0 <= number < len(words) else None  # -1: no label, as `datasets` has it
+    row |= {column: _with_names(row[column], feature) for column, feature in classes.items() if column in row}
     return {column: without_nulls(value) if isinstance(value, list | dict) else value for column, value in row.items()}
 
 
@@ -287,7 +295,9 @@ def _whole_columns(batches: Iterable[pa.RecordBatch]) -> list[str]:
 
 def _rows(batches: Iterable[pa.RecordBatch], whole: Iterable[str]) -> Iterator[dict[str, object]]:
     for batch in batches:
-        names = _class_names(batch.schema.metadata)
+        classes: dict[str, Any] = {}
+        with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):  # another program's
+            classes = _classes(json.loads((batch.schema.metadata or {})[b"huggingface"])["info"]["features"])
         batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
         step = _rows_at_once(len(batch), batch.nbytes)
         for start in range(0, len(batch), step):
@@ -295,7 +305,7 @@ def _rows(batches: Iterable[pa.RecordBatch], whole: Iterable[str]) -> Iterator[d
                 for name in whole:
                     if row[name] is not None and row[name] == row[name]:
                         row[name] = int(row[name])
-                yield _as_written(row, names)
+                yield _as_written(row, classes)
 
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
@@ -337,12 +347,10 @@ def hub_set(name: str, *, streaming: bool) -> Any:
 
 def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, object]]:
     """Yields the rows of a stream, with the names of its classes for their numbers."""
-    import datasets
-
-    features = (stream.features or {}).items()
-    names = {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
+    features: Any = stream.features.to_dict() if stream.features else {}
+    classes = _classes(features)
     with _reading_hub(name):
-        yield from (_as_written(row, names) for row in stream)
+        yield from (_as_written(row, classes) for row in stream)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 
 from dora_vl.data.check import DOUBTS, GREETING, FileCheck
 from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, TrainFile
-from dora_vl.data.containers import find_files
+from dora_vl.data.containers import find_files, hub_rows
 from dora_vl.data.example import CountedFromOne, Example
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
@@ -130,16 +130,31 @@ def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
         load_rows(str(path))
 
 
-def test_numbers_of_a_class_are_its_names(tmp_path: Path) -> None:
-    features = datasets.Features(
-        {"question": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    )
-    dataset = datasets.Dataset.from_dict({"question": ["q", "r"], "label": [1, 0]}, features=features)
+KINDS = datasets.ClassLabel(names=["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "expected"),
+    [
+        (KINDS, [1, 0, -1], ["dog", "cat", None]),
+        (datasets.List(KINDS), [[1], [0, 1]], [["dog"], ["cat", "dog"]]),
+        (datasets.List({"a": KINDS}), [[{"a": 1}], [{"a": 0}]], [[{"a": "dog"}], [{"a": "cat"}]]),
+        ({"a": {"b": KINDS, "c": datasets.Value("int64")}}, [{"a": {"b": 1, "c": 1}}], [{"a": {"b": "dog", "c": 1}}]),
+    ],
+    ids=["number", "list", "list of objects", "object"],
+)
+def test_numbers_of_a_class_are_its_names(tmp_path: Path, feature: Any, values: list[Any], expected: list[Any]) -> None:
+    features = datasets.Features({"question": datasets.Value("string"), "label": feature})
+    columns = {"question": ["q"] * len(values), "label": values}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
     dataset.to_parquet(tmp_path / "a.parquet")
     dataset.save_to_disk(str(tmp_path / "saved"))
-    for name in ("a.parquet", "saved"):
-        rows = load_rows(str(tmp_path / name)).rows
-        assert [conversation[-1]["text"] for conversation in rows["turns"]] == ["dog", "cat"]
+    of_files = [find_files(tmp_path / name).rows() for name in ("a.parquet", "saved")]
+    for rows in (*of_files, hub_rows("a", dataset.to_iterable_dataset())):
+        assert [row["label"] for row in rows] == expected
+    if feature is KINDS:
+        turns = load_rows(str(tmp_path / "a.parquet")).rows["turns"]
+        assert [conversation[-1]["text"] for conversation in turns[:2]] == ["dog", "cat"]
 
 
 def test_a_role_that_there_is_not_is_named() -> None:
