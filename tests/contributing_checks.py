@@ -10,7 +10,11 @@ import torch
 
 from dora_vl import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter, trained_parts
 from dora_vl.data.benchmarks.table import SOURCES
+from dora_vl.data.columns import Columns
 from dora_vl.data.example import Answer, Example
+from dora_vl.data.readers import read_row
+from dora_vl.data.table import load_rows
+from dora_vl.errors import BadSample
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.scores.scored import intervals
 from dora_vl.evaluation.vlbart_tasks import image_subtasks
@@ -23,6 +27,19 @@ def test_the_source_reads_its_files(tmp_path: Path) -> None:
     (row,) = split.rows()
     example = split.convert(row)
     assert (split.name, example.images, example.answers[0].text) == ("test", ("a.jpg",), "wren")
+
+
+def test_the_row_format_is_read_from_files_by_any_name(tmp_path: Path) -> None:
+    texts = ["What is it?", "A wren.", "Sure?", "Yes."]
+    spoken = [("user", "<image>\nWhat is it?"), ("assistant", "A wren."), ("user", "Sure?"), ("assistant", "Yes.")]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"talk": texts, "image": "a.jpg", "topic": "birds"}))
+    rows = load_rows(str(tmp_path / "a.jsonl"), columns=Columns({"talk": "dialog"}))
+    assert rows.rows["format"][:] == ["dialogs"]
+    for example in (rows[0], read_row({"dialog": texts, "image": "a.jpg"})):
+        assert isinstance(example, Example)
+        assert [(turn.role, turn.text) for turn in example.turns] == spoken
+    with pytest.raises(BadSample):
+        read_row({"dialog": "Hello."})
 
 
 def test_the_benchmark_scores_with_an_interval() -> None:

@@ -25,9 +25,10 @@ from dora_vl.data.containers import (
     split_used,
 )
 from dora_vl.data.example import FIELDS, JSON, CountedFromOne, Example
+from dora_vl.data.formats.records import read_record
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
 from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
-from dora_vl.data.readers import id_of, read_fields, read_record
+from dora_vl.data.readers import id_of, read_fields
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Role
 from dora_vl.data.video import no_video_reason
 from dora_vl.errors import (

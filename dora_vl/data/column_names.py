@@ -13,6 +13,9 @@ from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import json_of
 from dora_vl.errors import UserError
 
+Row = Mapping[str, object]
+"""A row of a file: its cells by their columns."""
+
 ROLES: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "question_id", "qid", "__key__"),
     "images": (
@@ -231,6 +234,7 @@ def _kind_of_note(name: str, text: str) -> str:
     return TEXT if len(text) > 300 or text.endswith("?") else ""
 
 
+OF_VIDEO = "a part of the video"
 _BEGIN, _END = frozenset(("start", "begin", "onset", "from")), frozenset(("end", "finish", "stop", "to"))
 _OF_TIME = frozenset(("s", "sec", "secs", "second", "seconds", "time", "t", "video", "clip", "segment"))
 _PARTS = frozenset(

@@ -8,7 +8,7 @@ an error that names the setting that fixes it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -23,10 +23,12 @@ from dora_vl.data.column_names import (
     KNOWN,
     LABEL,
     MEDIUM,
+    OF_VIDEO,
     PREFERENCE,
     ROLES,
     TEXT,
     Cell,
+    Row,
     flag_of,
     holds_media,
     is_empty,
@@ -37,81 +39,21 @@ from dora_vl.data.column_names import (
     parsed,
     plain_name,
 )
-from dora_vl.data.example import FIELDS
+from dora_vl.data.formats.row_format import Candidate, Resolved, RowFormat, Trial
+from dora_vl.data.formats.table import FORMATS
 from dora_vl.data.pictures import VIDEO_ENDINGS
 from dora_vl.data.turns import CALLS, KWARGS, TOOLS
 from dora_vl.errors import UserError, short_names, short_repr, short_text
 
-Row = Mapping[str, object]
 Mixing = Literal["proportional", "balanced"]
 Packing = Literal["trees", "packed", "plain"]
 """Says how samples are laid out in a batch's rows; see `data.packing`."""
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """One form that a row can have.
-
-    Attributes:
-        needs: roles, each in a column that is not null.
-        uses: further roles that it reads, besides `EVERYWHERE`.
-        fits: what else makes a row one of this form.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    uses: tuple[str, ...] = ()
-    fits: Callable[[Row], bool] = lambda row: True
-
-
 EVERYWHERE = ("id", "images", "videos", "start_seconds", "end_seconds", "system", TOOLS, KWARGS)
-
-
-def _is_record(row: Row) -> bool:
-    if not {name for name, value in row.items() if value is not None} <= FIELDS:
-        return False
-    answers = row.get("answers")
-    first = answers[0] if isinstance(answers, Sequence) and not isinstance(answers, str) and answers else None
-    return row.get("turns") is not None or (isinstance(first, dict) and {"text"} <= first.keys() <= {"text", "weight"})
-
-
-def _ends_asking(row: Row) -> bool:
-    """Tells whether a row has messages of which the last is a user's."""
-    values = [value for column in row.values() if isinstance(value := parsed(column), list) and value]
-    last = [value[-1] for value in values if isinstance(value[-1], Mapping)]
-    return any(message.get("role", message.get("from")) in ("user", "human") for message in last)
-
-
-PREFERENCES, JUDGED = "preferences", "judged answers"
-FORMATS: tuple[RowFormat, ...] = (
-    RowFormat(PREFERENCES, ("conversations", "chosen", "rejected"), ("rejected_images",)),
-    RowFormat(PREFERENCES, ("messages", "chosen", "rejected"), ("rejected_images",), _ends_asking),
-    RowFormat(PREFERENCES, ("messages", "rejected"), ("rejected_images",)),
-    RowFormat(PREFERENCES, ("messages", "rejected_images")),
-    RowFormat(PREFERENCES, ("prompt", "chosen", "rejected"), ("history", "rejected_images")),
-    RowFormat(PREFERENCES, ("instruction", "chosen", "rejected"), ("input", "history")),
-    RowFormat(PREFERENCES, ("question", "chosen", "rejected"), ("hint", "history")),
-    RowFormat(PREFERENCES, ("chosen", "rejected")),
-    RowFormat(JUDGED, ("prompt", "completion", "judged"), ("history",)),
-    RowFormat(JUDGED, ("messages", "judged")),
-    RowFormat(JUDGED, ("conversations", "judged")),
-    RowFormat(JUDGED, ("instruction", "output", "judged"), ("input", "history")),
-    RowFormat("conversations", ("conversations", "answer"), (), _ends_asking),
-    RowFormat("messages", ("messages", "answer"), (), _ends_asking),
-    RowFormat("prompt/completion", ("prompt", "answer"), ("history",), _ends_asking),
-    RowFormat("conversations", ("conversations",), ("completion",)),
-    RowFormat("messages", ("messages",), ("completion",)),
-    RowFormat("texts", ("texts",)),
-    RowFormat("prompt/completion", ("prompt", "completion"), ("history",)),
-    RowFormat("records", (), ("question", "turns", "answers", "choices", "subtitles", "extra"), _is_record),
-    RowFormat("question/answer", ("question", "answer"), ("choices", "hint", "history", "most_frequent")),
-    RowFormat("instructions", ("instruction", "output"), ("input", "history", "scored")),
-    RowFormat("captions", ("caption", "images")),
-    RowFormat("captions", ("caption", "videos")),
-)
-"""A row has the first of these formats that fits it."""
-MAY_LACK_QUESTION = ("question/answer", "captions")
-"""Rows of these formats may lack a question; then `data.ask` is their question."""
+"""Rows of every format may have these roles."""
+NAMES = {role: (role,) for form in FORMATS for role in (*form.needs, *form.uses)} | dict(ROLES)
+"""Maps each role to its columns' names; a role that `ROLES` does not have is a column of its own name."""
 
 
 class ColumnsError(UserError):
@@ -135,50 +77,12 @@ def _fix(verb: str, remedy: str, other: str | None) -> str:
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A row by its roles: `fields` is what each holds, `uses` the role of each column, "" where it is left out."""
-
-    format: RowFormat | None
-    fields: Row
-    uses: Mapping[str, str] = field(default_factory=dict)
-    called: Mapping[str, str] = field(default_factory=dict)
-    """Maps a role to the name of its column, as `data.columns` has it or in plain spelling."""
-
-
-Candidate = Mapping[str, str]
-"""Maps columns that hold a role together to their labels, "" where there is none."""
-
-
-@dataclass(frozen=True)
 class _Shape:
     """Holds what the names of a row's columns decide: the kept columns, and for each role those that may hold it."""
 
     format: RowFormat
     names: Sequence[str]
-    candidates: Sequence[tuple[str, Sequence[Candidate]]]
-
-    def fits(self, row: Row, roles: Mapping[str, str]) -> bool:
-        """Tells whether a row of these columns has this format; a caption in JSON is a conversation.
-
-        Args:
-            roles: what `data.columns` says.
-        """
-        if self.format.name == JUDGED:
-            return self._is_judged(row, roles)
-        if self.format.name != "captions":
-            return self.format.fits(row)
-        captions = [row[name] for name in dict(self.candidates)["caption"][0]]
-        return not any(isinstance(parsed(text), dict) for text in captions)
-
-    def _is_judged(self, row: Row, roles: Mapping[str, str]) -> bool:
-        filled = [name for names in dict(self.candidates)["judged"] for name in names if not is_empty(row[name])]
-        if not filled:
-            return False
-        name = filled[0]
-        if "completion" in self.format.needs or "kto_tag" in (plain_name(name), roles.get(name)):
-            return True  # whatever it holds: what is not a flag makes a bad sample, where the answer could be a bad one
-        # A label may also be the answer to the last question, or a class: 1 and 0 do not say which.
-        return not _ends_asking(row) and (name in roles or flag_of(row[name], numbers=False) is not None)
+    candidates: Mapping[str, Sequence[Candidate]]
 
 
 @dataclass(frozen=True)
@@ -196,7 +100,7 @@ class Columns:
 
     def __post_init__(self) -> None:
         for column, role in self.roles.items():
-            if role not in ROLES and role not in KNOWN:
+            if role not in NAMES and role not in KNOWN:
                 (near,) = get_close_matches(role, KNOWN, n=1, cutoff=0.0)
                 message = f"data.columns: {short_repr(column)} cannot be {short_repr(role)}; did you mean {near}?"
                 raise UserError(message)
@@ -217,14 +121,17 @@ class Columns:
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
             self._shapes[names] = list(self._shapes_of(names))
-        shape = next((shape for shape in self._shapes[names] if shape.fits(row, self.roles)), None)
+        fitting = (
+            shape for shape in self._shapes[names] if shape.format.fits(Trial(row, shape.candidates, self.roles))
+        )
+        shape = next(fitting, None)
         if shape is None:
             if strict:
                 self._refuse_nearly_named(row)
             return Resolved(None, row)
         fields: dict[str, object] = {}
         roles: dict[str, str] = {}
-        for role, alternatives in shape.candidates:
+        for role, alternatives in shape.candidates.items():
             columns = alternatives[0]
             if len(alternatives) > 1:
                 filled = (names for names in alternatives if any(not is_empty(row[name]) for name in names))
@@ -232,7 +139,7 @@ class Columns:
             value = _role_value(_without_nan(row, columns) if role in _OFTEN_EMPTY else row, columns)
             fields[role] = _parse_list(value, role) if isinstance(value, str) and role in _LISTED else value
             roles |= dict.fromkeys(columns, role)
-        if self.ask and shape.format.name in MAY_LACK_QUESTION and is_empty(fields.get("question")):
+        if self.ask and shape.format.may_lack_question and is_empty(fields.get("question")):
             fields["question"] = self.ask
         uses = {name: roles.get(name, "") for name in shape.names}
         called = {role: self.roles.get(name, plain_name(name)) for name, role in reversed(roles.items())}
@@ -286,9 +193,9 @@ class Columns:
 
     def _role_is_taken(self, name: str) -> bool:
         """Tells whether `data.columns` gives another column the role that this one may have."""
-        roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
+        roles = {role for role, names in NAMES.items() if not {role, *names}.isdisjoint(self.roles.values())}
         return (kind_of_column(name) == PREFERENCE and self._takes_one_answer) or any(
-            plain_name(name) in ROLES[role] for role in roles
+            plain_name(name) in NAMES[role] for role in roles
         )
 
     def _refuse_second(self, row: Row, left: Sequence[str]) -> None:
@@ -335,22 +242,22 @@ class Columns:
 
     def _shapes_of(self, names: Sequence[str]) -> Iterator[_Shape]:
         used_names = [name for name in names if name not in self.ignored]
-        candidates = {role: self._alternatives(role, used_names) for role in ROLES}
+        candidates = {role: self._alternatives(role, used_names) for role in NAMES}
         lacking = [(form, [role for role in form.needs if not candidates[role]]) for form in FORMATS]
         lacking_question = [form for form, lacks in lacking if self.ask and lacks == ["question"]]
         for form in (*(form for form, lacks in lacking if not lacks), *lacking_question):
             roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
-            yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
+            yield _Shape(form, used_names, {role: candidates[role] for role in roles if candidates[role]})
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """Returns the columns that may hold a role, those together that are taken as one."""
         if role in (*ROLES["chosen"], *ROLES["rejected"]) and self._takes_one_answer:
             return []
-        named = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
+        named = [column for column, name in self.roles.items() if column in names and name in (role, *NAMES[role])]
         joined = role in JOINED and bool(named)
         alternatives: list[Candidate] = [dict.fromkeys(named, "")] if joined else [{name: ""} for name in named]
         free = {name: plain_name(name) for name in names if name not in self.roles}
-        alternatives += [{name: ""} for usual in ROLES[role] for name, plain in free.items() if plain == usual]
+        alternatives += [{name: ""} for usual in NAMES[role] for name, plain in free.items() if plain == usual]
         for pattern in JOINED.get(role, ()):
             matches = {name: match[1] for name, plain in free.items() if (match := pattern.fullmatch(plain))}
             together = sorted(matches, key=lambda name: (len(matches[name]), matches[name]))
@@ -394,9 +301,6 @@ def _guess_role(path: str, names: set[str]) -> str | None:
     role = nearest_role(name) or _EXAMPLES.get(kind_of_column(name))
     is_held = role is not None and any(role in known and not names.isdisjoint(known) for known in ROLES.values())
     return None if is_held else role
-
-
-OF_VIDEO = "a part of the video"
 
 
 def _refuse_moments(row: Row, left: Iterable[str]) -> None:

@@ -11,9 +11,8 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from dora_vl.data.column_names import MEDIUM, UNREAD, is_empty, lost_content, moment_of, parsed
-from dora_vl.data.columns import OF_VIDEO, Row
-from dora_vl.data.example import Answer, Example
+from dora_vl.data.column_names import MEDIUM, OF_VIDEO, UNREAD, Row, is_empty, lost_content, moment_of, parsed
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import (
     CALLS,
@@ -116,9 +115,7 @@ def read_conversation(messages: Sequence[object], row: Row) -> Example:
         "".join([sample_id, *images, *(clip.path for clip in videos), *texts]).encode()
     except UnicodeEncodeError:
         raise Unusable("its text holds half of a surrogate pair, which is not a character") from None
-    scored = row.get("scored")
-    answers = (Answer(text=scored),) if isinstance(scored, str) and scored else ()
-    return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=conversation.image_bytes)
+    return Example(sample_id, images, arranged, videos, image_bytes=conversation.image_bytes)
 
 
 class _Conversation:

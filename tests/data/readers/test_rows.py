@@ -31,9 +31,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.data.check import DOUBTS, GREETING, FileCheck
-from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, TrainFile
+from dora_vl.data.columns import USUAL, Columns, ColumnsError, TrainFile
 from dora_vl.data.containers import find_files, hub_rows
 from dora_vl.data.example import CountedFromOne, Example
+from dora_vl.data.formats.table import FORMATS
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import VALIDATED, described, doubtful_samples, load_rows
