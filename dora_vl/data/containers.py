@@ -133,6 +133,14 @@ def counted_splits(splits: Mapping[str | None, int]) -> str:
     return ", ".join(f"{name or 'without a word'} {count:,}" for name, count in splits.items())
 
 
+def split_taken(path: object, splits: Mapping[str | None, int], *wanted: str, level: int = logging.INFO) -> str | None:
+    """Returns what `split_used` does; the log says which rows those are."""
+    if (split := split_used(splits, *wanted)) is not None:
+        counts = counted_splits(splits)
+        log_once(_log, level, f"{path}: its rows name splits ({counts}); those of {split} are used")
+    return split
+
+
 @contextlib.contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
     """Turns what libraries raise on files that are cut, damaged, or of another kind into one line."""

@@ -34,12 +34,12 @@ from dora_vl.data.check import (
     question_and_answer,
 )
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
-from dora_vl.data.containers import DataFiles, counted_splits, find_files, split_of, split_used
+from dora_vl.data.containers import DataFiles, find_files, split_of, split_taken
 from dora_vl.data.example import Answer, Example, named_in
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
-from dora_vl.errors import BadSample, UserError, log_once
+from dora_vl.errors import BadSample, UserError
 from dora_vl.files import locked, unfinished
 
 _log = logging.getLogger(__name__)
@@ -299,11 +299,7 @@ def load_rows(
     """
     table = load_table(Path(path), columns=columns)
     rows = table.remove_columns("held_pictures")
-    counts = Counter(rows["split"])
-    if (split := split_used(counts, *splits)) is not None:
-        log_once(
-            _log, logging.INFO, f"{path}: its rows name splits ({counted_splits(counts)}); those of {split} are used"
-        )
+    if (split := split_taken(path, Counter(rows["split"]), *splits)) is not None:
         kept = (split, None) if split == "train" else (split,)
         rows = rows.select([index for index, name in enumerate(rows["split"]) if name in kept])
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))

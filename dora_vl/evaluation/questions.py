@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +10,9 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from dora_vl.data.column_names import plain_name
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
-from dora_vl.data.containers import DataFiles, find_files, split_of, split_used
+from dora_vl.data.containers import SPLIT_COLUMNS, DataFiles, find_files, split_of, split_taken
 from dora_vl.data.example import MIDDLE_FRAME, Answer, CountedFromOne, Example, named_in
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
@@ -156,10 +158,11 @@ def _of_test(files: DataFiles) -> Iterator[tuple[int, object]]:
         return stream_values(files.files[0], "questions") if files.is_json else enumerate(files.rows(), 1)
 
     _, first = next(numbered(), (0, None))
-    if not isinstance(first, Mapping) or split_of(first) is None:
+    if not isinstance(first, Mapping) or not any(plain_name(name) in SPLIT_COLUMNS for name in first):
         return numbered()
     splits = Counter(split_of(record) for _, record in numbered() if isinstance(record, Mapping))
-    if (split := split_used(splits, "test", "validation")) is None:
+    split = split_taken(files.name, splits, "test", "validation", level=logging.WARNING)  # which `evaluate` shows
+    if split is None:
         return numbered()
     return ((row, record) for row, record in numbered() if isinstance(record, Mapping) and split_of(record) == split)
 

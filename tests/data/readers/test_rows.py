@@ -39,7 +39,7 @@ from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import VALIDATED, described, doubtful_samples, load_rows
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, log_once
 from dora_vl.evaluation.questions import read_questions
 
 ROWS, SHAPES, FILES = (
@@ -508,17 +508,23 @@ def test_an_opening_of_the_assistant_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_rows_of_several_splits_are_used_as_their_column_says(tmp_path: Path, kind: str) -> None:
+def test_rows_of_several_splits_are_used_as_their_column_says(tmp_path: Path, caplog: Any, kind: str) -> None:
+    caplog.set_level("INFO", "dora_vl")
+    log_once.cache_clear()
     path = tmp_path / f"rows.{kind}"
-    splits = {"a": "train", "b": "Val", "c": "test", "d": "train", "e": "other"}
+    splits = {"e": "other", "a": "train", "b": "Val", "c": "test", "d": "train"}
     rows: list[Mapping[str, object]]
     rows = [{"id": name, "question": f"q {name}", "answer": "x", "data_split": split} for name, split in splits.items()]
     WRITERS[kind](path, [*rows])
     used = {wanted: [*load_rows(str(path), splits=wanted).ids()] for wanted in (("train",), VALIDATED, ("test",))}
-    assert used == {("train",): ["a", "d", "e"], VALIDATED: ["b"], ("test",): ["c"]}
+    assert used == {("train",): ["e", "a", "d"], VALIDATED: ["b"], ("test",): ["c"]}
+    log_once.cache_clear()
+    caplog.clear()
     assert [question.id for question in read_questions(path)[0]] == ["c"]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert all(words in line for words in (str(path), "train 2", "validation 1", "test 1", "without a word 1"))
     assert FileCheck(path).run().splits == {"train": 2, "validation": 1, "test": 1, None: 1}
     with pytest.raises(UserError):
         _ = StreamSource(TrainFile(path=str(path)), limit=None, seed=0).first_rows
-    WRITERS[kind](path, [row for row in rows if row["data_split"] != "train"][:1])  # one split alone is all of it
+    WRITERS[kind](path, rows[2:3])  # one split alone is all of it
     assert [*load_rows(str(path)).ids()] == [question.id for question in read_questions(path)[0]] == ["b"]
