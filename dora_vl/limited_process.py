@@ -30,7 +30,7 @@ from dora_vl.errors import one_line
 JOBS: Mapping[str, str] = {
     "read_picture": "dora_vl.data.picture_files",
     "read_video": "dora_vl.data.video",
-    "try_template": "dora_vl.backbones.templates",
+    "try_template": "dora_vl.backbones.template_trial",
 }
 """Maps functions that may run there to their modules. Each yields parts; its errors reach the parent."""
 Part: TypeAlias = tuple[dict[str, Any], bytes]

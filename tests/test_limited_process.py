@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from dora_vl import limited_process
-from dora_vl.backbones import templates
-from dora_vl.backbones.templates import check_ends
+from dora_vl.backbones import template_trial
+from dora_vl.backbones.template_trial import check_ends
 from dora_vl.data.picture_files import TooManyPixels, decode_picture, load_picture
 from dora_vl.errors import UserError
 from dora_vl.limited_process import Budget, JobFailed, LimitedProcess
@@ -121,8 +121,8 @@ MARKED = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{
 
 def test_a_template_that_does_not_end_or_fills_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = {"eos_token": "</s>"}
-    monkeypatch.setattr(templates, "SECONDS", 1)
-    monkeypatch.setattr(templates, "MEMORY", 2**28)
+    monkeypatch.setattr(template_trial, "SECONDS", 1)
+    monkeypatch.setattr(template_trial, "MEMORY", 2**28)
     in_a_picture = MARKED + "{% for m in messages if m.content is not string %}" + ENDLESS + "{% endfor %}"
     for template in (in_a_picture, HUGE, {"default": "a", "other": ENDLESS}):
         with pytest.raises(UserError):

@@ -14,6 +14,7 @@ from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from dora_vl.backbones.base import config_of, max_positions, model_type_of, sees_pictures
+from dora_vl.backbones.families.formats import PROBE, VIDEO_MARK, Chat, Instruction, Prompts, shared_beginning
 from dora_vl.backbones.families.table import LLAVA, quirks_of
 from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.loading import load_tokenizer
@@ -21,7 +22,6 @@ from dora_vl.backbones.packed_attention import OwnPositions
 from dora_vl.backbones.pieces import STAND_IN, PieceProcessor, from_offsets
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.specs import TrainOn
-from dora_vl.backbones.templates import PROBE, VIDEO_MARK, Chat, Instruction, Prompts, shared_beginning
 from dora_vl.backbones.towers import Aspect, ImagePreparation
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,

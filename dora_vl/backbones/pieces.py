@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dora_vl.backbones.templates import CharSpan, Chat, Prompt
+from dora_vl.backbones.families.formats import CharSpan, Chat
 from dora_vl.data.samples import TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
@@ -205,6 +206,15 @@ class PieceProcessor:
             else:
                 batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in pictures])
         return batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """An encoder's input. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
+
+    subtitles_before: str = ""
+    subtitles: str = ""
+    text: str
 
 
 class Seq2SeqEncoder:

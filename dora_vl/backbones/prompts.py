@@ -10,17 +10,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-from dora_vl.backbones.families.table import quirks_of
-from dora_vl.backbones.pieces import PieceProcessor
-from dora_vl.backbones.specs import TrainOn
-from dora_vl.backbones.templates import (
+from dora_vl.backbones.families.formats import (
     BREAK,
-    CALL,
+    FORMATS,
+    OWN_TEMPLATE,
     PROBE,
     PROMPTS,
     TEMPLATES,
@@ -29,10 +24,14 @@ from dora_vl.backbones.templates import (
     Chat,
     Instruction,
     Prompts,
-    check_ends,
+    refuse_special,
     shared_beginning,
-    variables_of,
+    usual_template,
 )
+from dora_vl.backbones.families.table import quirks_of
+from dora_vl.backbones.pieces import PieceProcessor
+from dora_vl.backbones.specs import TrainOn
+from dora_vl.backbones.template_trial import CALL, check_ends, variables_of
 from dora_vl.data.turns import CALLS, END_THINK, IMAGE_PLACEHOLDER, KWARGS, THINK, TOOLS, Role, Turn
 from dora_vl.errors import UserError
 
@@ -80,7 +79,7 @@ class ProcessorChat(Prompts):
         thinking: value for a template's switch for thoughts; None leaves it as it is.
     """
 
-    name = "tokenizer"
+    name = OWN_TEMPLATE
     takes_system = takes_tools = True
 
     def __init__(self, processor: Any, name: str, *, pictures: bool = True, thinking: bool | None = None) -> None:
@@ -426,13 +425,6 @@ def has_words(text: str, value: Any) -> bool:
     return str(value) in text or json.dumps(value, ensure_ascii=False).removeprefix('"').removesuffix('"') in text
 
 
-def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
-    """Raises a ValueError for words that the tokenizer would take for one of its special tokens."""
-    for number, turn in enumerate(turns):
-        if match := special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")) or special.search(turn.more):
-            raise ValueError(f"turn {number} holds {match[0]!r}, which is a special token of this model")
-
-
 def special_tokens(processor: Any, allowed: Collection[str] = ()) -> re.Pattern[str]:
     """Compiles a pattern of the tokenizer's special tokens and the processor's picture tokens."""
     tokenizer = processor.tokenizer
@@ -444,97 +436,15 @@ def special_tokens(processor: Any, allowed: Collection[str] = ()) -> re.Pattern[
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
-USUAL = ("vicuna_v1", "chatml")
-
-
-class QuestionAnswer(Prompts):
-    """Writes `Question: ... Answer: ...`, a line for each round, pictures where the question has them.
-
-    The tokenizer's end token closes an answer; nothing else would stop a trained model.
-    """
-
-    name = "question_answer"
-
-    def __init__(self, processor: Any, name: str, *, pictures: bool) -> None:
-        self.bos_token = processor.tokenizer.bos_token
-        self._end = str(processor.tokenizer.eos_token or "")
-        self._picture = str(vars(processor).get("image_token") or "")
-        self._special, self._pieces = special_tokens(processor), isinstance(processor, PieceProcessor)
-        if not self._end or (pictures and not self._picture):
-            lacking = "a token for a picture" if self._end else "an end token"
-            raise UserError(f"model.template: question_answer needs {lacking}, and the processor of {name} names none")
-        options = quirks_of(processor).options
-        if not options:
-            return
-        # Before 5.23 transformers puts the separator after a Chameleon's text whatever is asked: it would be trained.
+def _check_no_separator(processor: Any, name: str) -> None:
+    """Refuses transformers before 5.23 for a Chameleon: the separator that it puts after a text would be trained."""
+    if options := quirks_of(processor).options:
         encoded = [int(token) for token in processor(text=["."], **options)["input_ids"][0]]
         if encoded != processor.tokenizer(".")["input_ids"]:
             raise UserError(
                 f"model.template: the processor of {name} puts a separator after every text; "
                 "take transformers 5.23 or later"
             )
-
-    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
-        refuse_special(conversation, self._special)
-        text, spans, controls = "", [], []
-        for turn in conversation:
-            if turn.role == "user":
-                pieces = [piece.removeprefix("\n") for piece in turn.text.split(IMAGE_PLACEHOLDER)]
-                text += ("\n" if text else "") + f"Question: {self._picture.join(pieces)} Answer:"
-            else:
-                start = len(text)
-                text += f" {turn.text}{self._end}"
-                spans.append((start, len(text)))
-                controls.append((len(text) - len(self._end), len(text)))
-        return Chat(text, tuple(spans), tuple(controls) if self._pieces else ())
-
-
-class PaliGemma(Prompts):
-    """Makes PaliGemma's two parts: pictures and question, seen in both directions, and the answer, seen from its left.
-
-    The processor gets the answer apart, as `suffix`, and tells the parts from one another by token_type_ids. So a
-    conversation has one question, and its pictures come before it (google-research/big_vision, paligemma).
-    """
-
-    name = "paligemma"
-
-    def __init__(self, processor: Any, name: str, *, pictures: bool) -> None:
-        del name, pictures
-        self.bos_token = processor.tokenizer.bos_token
-        self._picture = str(processor.image_token)
-        self._special = special_tokens(processor)
-
-    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
-        refuse_special(conversation, self._special)
-        if len(conversation) > 2:
-            raise ValueError(f"{len(conversation)} turns, and a PaliGemma takes one question and one answer")
-        question = conversation[0].text
-        words = question.replace(IMAGE_PLACEHOLDER, "").lstrip("\n")
-        pictures = question.count(IMAGE_PLACEHOLDER)
-        before = question.rpartition(IMAGE_PLACEHOLDER)[0].replace(IMAGE_PLACEHOLDER, "")
-        if before.strip():
-            raise ValueError("a picture comes after words, and a PaliGemma takes pictures only before the question")
-        if not pictures:
-            raise ValueError("it has no picture, and a PaliGemma's processor takes no words without one")
-        text = self._picture * pictures + words
-        if generation_prompt:
-            return Chat(text, (), by_token_types=True)
-        return Chat(text, ((len(text), len(text) + 1),), suffix=conversation[1].text, by_token_types=True)
-
-
-FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType(
-    {"question_answer": QuestionAnswer, "paligemma": PaliGemma}
-)
-
-
-def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the format of a LLaVA that names none: the first of `USUAL` whose special tokens its tokenizer has."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for name in USUAL:
-        probe = TEMPLATES[name].render(PROBE)
-        if special.issuperset(probe.text[start:end] for start, end in probe.controls):
-            return name
-    return ProcessorChat.name
 
 
 def prompts_of(
@@ -552,7 +462,8 @@ def prompts_of(
         template = usual_template(processor.tokenizer)
     chosen = template if template in FORMATS else quirks_of(processor).format
     if chosen is not None:
-        return FORMATS[chosen](processor, name, pictures=pictures)
+        _check_no_separator(processor, name)
+        return FORMATS[chosen](processor, name, special_tokens(processor), tells_special=pieces)
     if template is None or template == ProcessorChat.name:
         return ProcessorChat(processor, name, pictures=pictures, thinking=thinking)
     if not pieces:

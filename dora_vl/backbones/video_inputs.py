@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
-from dora_vl.backbones.templates import VIDEO_MARK, Chat
+from dora_vl.backbones.families.formats import VIDEO_MARK, Chat
 from dora_vl.data.batches import stacked
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.data.video import Frames

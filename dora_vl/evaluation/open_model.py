@@ -26,10 +26,9 @@ from dora_vl.adapters.folder import load_adapter, no_adapter
 from dora_vl.adapters.settings import check_peft_fields
 from dora_vl.backbones.base import Attention, Backbone, max_positions, model_type_of
 from dora_vl.backbones.encoder import open_encoder
+from dora_vl.backbones.families.formats import FORMATS, OWN_TEMPLATE, PROMPTS, TEMPLATES
 from dora_vl.backbones.families.table import NOT_TRAINED
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.prompts import FORMATS
-from dora_vl.backbones.templates import PROMPTS, TEMPLATES
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
@@ -75,7 +74,6 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
 """`recipe.json` must hold these entries, by kind of model, so that the model can be asked."""
 ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
 """transformers lists these model types as causal language models, but only for their decoders."""
-OWN_TEMPLATE = "tokenizer"  # a language model's own chat template
 DTYPES = ("bfloat16", "float16", "float32")
 FLASH = "flash_attention_2"
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.templates import PROMPTS
+from dora_vl.backbones.families.formats import PROMPTS
 from dora_vl.data.columns import Columns
 from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.data.video import VideoReader

@@ -17,8 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.templates import Prompt
+from dora_vl.backbones.pieces import Prompt, Seq2SeqEncoder
 from dora_vl.backbones.vision_store import FeatureReader, check_features, feature_paths, features_of
 from dora_vl.data.batches import SAMPLES, WEIGHTS
 from dora_vl.data.example import Example, right_choice

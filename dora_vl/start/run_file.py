@@ -104,9 +104,9 @@ def choose_base(model: str | None) -> Base:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {name} is an adapter's folder; name the base that it was trained on")
     from dora_vl.backbones.base import check_trained, model_type_of  # transformers: not for --help
+    from dora_vl.backbones.families.formats import usual_template
     from dora_vl.backbones.families.table import LLAVA
     from dora_vl.backbones.loading import SETTINGS_FILE, load_tokenizer
-    from dora_vl.backbones.prompts import usual_template
 
     kind = model_type_of(name)
     if kind != LLAVA:

@@ -23,8 +23,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.backbones.families.formats import shared_beginning
 from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, decoded, end_tokens
-from dora_vl.backbones.templates import shared_beginning
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.table import ExampleTable, load_rows

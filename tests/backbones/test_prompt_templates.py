@@ -21,11 +21,11 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.families.formats import PROMPTS, TEMPLATES, RoundTemplate
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.specs import TemplateName
-from dora_vl.backbones.templates import PROMPTS, TEMPLATES, RoundTemplate
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Labelled, check_labels
 from dora_vl.data.turns import Turn
@@ -67,6 +67,20 @@ def test_text_and_what_is_labelled(name: str) -> None:
     for start, end in reversed(rendered.answer_spans):
         marked = f"{marked[:start]}«{marked[start:end]}»{marked[end:]}"
     assert marked == WRITTEN[name]["text"]
+
+
+def test_a_row_writes_its_text_around_each_picture() -> None:
+    """LLaVA 1's checkpoints with mm_use_im_start_end; the same token in a person's words stays text."""
+    around = "<im_start><image><im_end>\n"
+    row = replace(TEMPLATES["vicuna_v1"], picture=around, special=("</s>", "<im_start>", "<im_end>"))
+    said, answer = "<image>\nWhich <im_end>? <image>", "An <image>\n."
+    chat = row.render([Turn("user", said), Turn("assistant", answer)])
+    question = f"USER: {around}Which <im_end>? {around} ASSISTANT:"
+    assert chat.text == f"{TEMPLATES['vicuna_v1'].system}{question} {answer}</s>"
+    assert [chat.text[slice(*span)] for span in chat.answer_spans] == [f" {answer}</s>"]
+    assert [chat.text[slice(*span)] for span in chat.controls] == ["<im_start>", "<im_end>"] * 2 + ["</s>"]
+    assert chat.text.index("Which") > chat.controls[1][0]
+    assert chat.controls[2][0] > chat.text.index("<im_end>?")
 
 
 @pytest.mark.parametrize("name", NAMED)

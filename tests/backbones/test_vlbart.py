@@ -15,9 +15,8 @@ from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.pieces import Prompt, Seq2SeqEncoder
 from dora_vl.backbones.specs import SmallLanguageModel, VlBartSpec
-from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.tower_sources import measured, small_tokenizer
 from dora_vl.backbones.vlbart import (
     DORA_TARGETS,

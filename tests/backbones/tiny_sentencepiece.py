@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_vl.backbones.templates import VICUNA_SYSTEM
+from dora_vl.backbones.families.formats import VICUNA_SYSTEM
 from tests.backbones.tiny_language import SIZES
 
 LESSONS = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dora_vl.backbones.templates import Instruction
+from dora_vl.backbones.families.formats import Instruction
 from dora_vl.cli import main
 from dora_vl.data.benchmarks.commonsense import cloze_row
 from dora_vl.data.example import Example, iterate_examples

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from dora_vl.backbones.templates import PROMPTS, TEMPLATES
+from dora_vl.backbones.families.formats import PROMPTS, TEMPLATES
 from dora_vl.data import prepare
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import Example

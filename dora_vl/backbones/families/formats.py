@@ -1,30 +1,23 @@
-"""Prompt formats: the classes, every format of strings by its name, and the trial of a chat template.
+"""Prompt formats: the classes, and every format by its name.
 
-`TEMPLATES` are LLaVA's, as LLaVA c121f04 trains with them; `PROMPTS` the published prompts of instructions. The chat
-templates of models, and the formats that need a processor, are in `prompts`.
+`TEMPLATES` are LLaVA's, as LLaVA c121f04 trains with them; `FORMATS` are for models without a chat template, `PROMPTS`
+the published prompts of instructions. The chat templates of models are in `prompts`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import cache
-from itertools import product
+from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateSyntaxError, meta
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.specs import TrainOn
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, out_of_order
 from dora_vl.errors import UserError, log_once
-from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part
 
 _log = logging.getLogger(__name__)
 
@@ -149,13 +142,12 @@ def shared_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((number for number, (left, right) in pairs if left != right), min(len(first), len(second)))
 
 
-_CONTROL = re.compile("|".join(map(re.escape, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"))))
-"""Matches special tokens where a template writes them; in a person's text they stay text."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class RoundTemplate(Prompts):
-    """Writes rounds of question and answer; `{}` marks where question or answer goes."""
+    """Writes rounds of question and answer; `{}` marks where question or answer goes.
+
+    Special tokens count only where the template writes them; in a person's text they stay text.
+    """
 
     name: str
     system: str = ""
@@ -173,6 +165,13 @@ class RoundTemplate(Prompts):
     """This text is supervised: generation has to produce it."""
     between: str = ""
     """This text follows every round but the last."""
+    picture: str | None = None
+    """Replaces each `<image>` and a line end after it by the processor's token and text around it; None leaves both."""
+    special: tuple[str, ...] = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+    """Special tokens among these strings."""
+    refused: re.Pattern[str] | None = None
+    """Samples whose words hold such a token are refused, where the processor would take it for the template's."""
+    bos_token: str | None = None
 
     @property
     def takes_system(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -183,6 +182,8 @@ class RoundTemplate(Prompts):
         return bool(self.answer_role)  # else only its question shows who speaks
 
     def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        if self.refused is not None:
+            refuse_special(conversation, self.refused)
         first_question = self.first_question or self.question
         # The template's strings, what a person said at the `{}` of each, and whether it is an answer.
         frames = [(self.system, "", False)]
@@ -197,16 +198,28 @@ class RoundTemplate(Prompts):
             else:
                 frames += [] if number else [(self.answer_role, "", False)]
                 frames.append((self.answer, turn.text, True))
+        special = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
         text, answers, controls = "", [], []
         for frame, content, is_answer in frames:
-            start = len(text)
             before, _, after = frame.partition("{}")
-            for offset, part in ((start, before), (start + len(before) + len(content), after)):
-                controls += [(offset + match.start(), offset + match.end()) for match in _CONTROL.finditer(part)]
-            text += before + content + after
+            words = [content]
+            if self.picture is not None and not is_answer:
+                words = [piece.removeprefix("\n") for piece in content.split(IMAGE_PLACEHOLDER)]
+            written = [before, *[self.picture or ""] * (len(words) - 1), after]
+            start = len(text)
+            for own, said in zip(written, [*words, ""], strict=True):
+                controls += [(len(text) + match.start(), len(text) + match.end()) for match in special.finditer(own)]
+                text += own + said
             if is_answer:
                 answers.append((start, len(text)))
         return Chat(text, tuple(answers), tuple(controls))
+
+
+def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
+    """Raises a ValueError for words that the tokenizer would take for one of its special tokens."""
+    for number, turn in enumerate(turns):
+        if match := special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")) or special.search(turn.more):
+            raise ValueError(f"turn {number} holds {match[0]!r}, which is a special token of this model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,15 +236,6 @@ class PlainTemplate(Prompts):
             return Chat(pictures, ())
         text = pictures + conversation[1].text + "\n"
         return Chat(text, ((len(pictures), len(text)),))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """An encoder's input. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
-
-    subtitles_before: str = ""
-    subtitles: str = ""
-    text: str
 
 
 # Every template, a row of strings each. Strings: `llava/conversation.py`; where `preprocess` in `llava/train/train.py`
@@ -390,91 +394,77 @@ class Instruction(Prompts):
         return text
 
 
-SECONDS, MEMORY = 2, 1 << 30
-"""A chat template's trial rendering may take these CPU seconds and bytes; a usual one takes a fiftieth of the time."""
+def question_answer(processor: Any, name: str, special: re.Pattern[str], *, tells_special: bool) -> RoundTemplate:
+    """Returns `Question: ... Answer: ...`, a line for each round, pictures where the question has them.
 
+    The tokenizer's end token closes an answer; nothing else would stop a trained model.
 
-class _Generation(Extension):
-    """Accepts `{% generation %}`, by which templates mark answers; it leaves the text unchanged."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-    def parse(self, parser: Parser) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Makes what reads a chat template as transformers does."""
-    extensions = [_Generation, "jinja2.ext.loopcontrols"]
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-
-
-def variables_of(template: str, name: str) -> frozenset[str]:
-    """Returns the names that the chat template of a model takes from outside."""
-    try:
-        return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
-    except TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template of {name} cannot be read, line {error.lineno}: {error.message}; repair its "
-            "chat_template.jinja (or tokenizer_config.json), or take another base"
-        ) from error
-
-
-_SIDE = {"type": "object", "properties": {"side": {"type": "string"}}, "required": ["side"]}
-TOOL = {"type": "function", "function": {"name": "measure_edge", "description": "Measures.", "parameters": _SIDE}}
-CALL = {"type": "function", "id": "call00001", "function": {"name": "measure_edge", "arguments": {"side": "left"}}}
-"""Templates are tried with this tool and its call."""
-
-
-def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]) -> Iterator[Part]:
-    """Renders the templates, as a job of `limited_process`."""
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    environment = _environment()
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    compiled = cache(environment.from_string)  # which takes long templates longer than to be rendered
-    picture, words = {"type": "image"}, {"type": "text", "text": "Which colour is it?"}
-    forms = (words["text"], [words], [picture, words])
-    roles = ("system", "user", "assistant", "user", "assistant")
-    conversations = (roles, roles[:2], roles[1:], roles[1:2], roles[1:3], (*roles[:3], "tool", "assistant"))
-    for template, conversation, form, prompt in product(templates, conversations, forms, (False, True)):
-        tools = [TOOL] if "tool" in conversation else None
-        calls = {"assistant": {"tool_calls": [CALL]}} if tools else {}
-        messages = [{"role": role, "content": form, **calls.get(role, {})} for role in conversation]
-        values = {"messages": messages, "add_generation_prompt": prompt, "tools": tools, "documents": None, **tokens}
-        try:
-            compiled(template).render(values)
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001 - whatever is wrong with it, it has ended
-            continue
-    yield {}, b""
-
-
-def check_ends(template: str | Mapping[str, str], tokens: Mapping[str, Any], name: str) -> None:
-    """Refuses a model's chat templates if one of them does not end, or fills the memory.
-
-    They are programs from elsewhere, so each is rendered as transformers does it in a process that can be ended. Other
-    errors are left to whoever renders the template again.
+    Args:
+        name: the model's name, for messages.
+        special: matches the model's special tokens.
+        tells_special: the processor tells those that the template wrote from the same characters in a text.
     """
-    templates = [template] if isinstance(template, str) else [*template.values()]
-    texts = {key: str(token) for key, token in tokens.items() if not isinstance(token, list)}
-    if reason := _why_not(json.dumps({"templates": templates, "tokens": texts})):
-        raise UserError(
-            f"the chat template of {name} does not end within {SECONDS} s, or takes more than {MEMORY >> 30} GiB "
-            f"({reason}); repair its chat_template.jinja (or tokenizer_config.json), or take another base"
-        )
+    end, picture = str(processor.tokenizer.eos_token or ""), str(vars(processor).get("image_token") or "")
+    if not end or not (picture or tells_special):
+        lacking = "a token for a picture" if end else "an end token"
+        raise UserError(f"model.template: question_answer needs {lacking}, and the processor of {name} names none")
+    return RoundTemplate(
+        name="question_answer",
+        bos_token=processor.tokenizer.bos_token,
+        question="Question: {} Answer:",
+        answer_role="",
+        answer=f" {{}}{end}",
+        between="\n",
+        picture=picture,
+        special=(end,) if tells_special else (),
+        refused=special,
+    )
 
 
-@cache
-def _why_not(arguments: str) -> str | None:
-    with LimitedProcess("try_template") as process:
-        try:
-            list(process.run("try_template", json.loads(arguments), budget=Budget(SECONDS, MEMORY)))
-        except JobFailed as error:
-            return str(error) if error.kind == ENDED else None
-    return None
+class PaliGemma(Prompts):
+    """Makes PaliGemma's two parts: pictures and question, seen in both directions, and the answer, seen from its left.
+
+    The processor gets the answer apart, as `suffix`, and tells the parts from one another by token_type_ids. So a
+    conversation has one question, and its pictures come before it (google-research/big_vision, paligemma).
+    """
+
+    name = "paligemma"
+
+    def __init__(self, processor: Any, name: str, special: re.Pattern[str], *, tells_special: bool) -> None:
+        del name, tells_special
+        self.bos_token = processor.tokenizer.bos_token
+        self._picture = str(processor.image_token)
+        self._special = special
+
+    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        refuse_special(conversation, self._special)
+        if len(conversation) > 2:
+            raise ValueError(f"{len(conversation)} turns, and a PaliGemma takes one question and one answer")
+        question = conversation[0].text
+        words = question.replace(IMAGE_PLACEHOLDER, "").lstrip("\n")
+        pictures = question.count(IMAGE_PLACEHOLDER)
+        before = question.rpartition(IMAGE_PLACEHOLDER)[0].replace(IMAGE_PLACEHOLDER, "")
+        if before.strip():
+            raise ValueError("a picture comes after words, and a PaliGemma takes pictures only before the question")
+        if not pictures:
+            raise ValueError("it has no picture, and a PaliGemma's processor takes no words without one")
+        text = self._picture * pictures + words
+        if generation_prompt:
+            return Chat(text, (), by_token_types=True)
+        return Chat(text, ((len(text), len(text) + 1),), suffix=conversation[1].text, by_token_types=True)
+
+
+FORMATS: Mapping[str, Callable[..., Prompts]] = MappingProxyType(
+    {"question_answer": question_answer, "paligemma": PaliGemma}
+)
+USUAL, OWN_TEMPLATE = ("vicuna_v1", "chatml"), "tokenizer"
+
+
+def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the format of a LLaVA that names none: the first of `USUAL` whose special tokens its tokenizer has."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for name in USUAL:
+        probe = TEMPLATES[name].render(PROBE)
+        if special.issuperset(probe.text[start:end] for start, end in probe.controls):
+            return name
+    return OWN_TEMPLATE
