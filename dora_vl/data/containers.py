@@ -329,13 +329,14 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     encoding = encoding_of(path, "samples")
     _, first = next(text_lines(path, "samples", encoding), (1, ""))
     delimiter = likeliest_delimiter(first, ending_of(path))
-    for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding, skip_spaces=True):
+    rows = table_rows(path, "samples", delimiter=delimiter, encoding=encoding, skip_spaces=True)
+    for number, (line, cells) in enumerate(rows, 1):
         row: dict[str, object] = {}
         for name, cell in cells.items():
             column = plain_name(name)
             opening = "[" if column in LISTS else "{" if column in ("extra", "video") else None
             if opening and cell.lstrip().startswith(opening):
-                row[name] = json_of(cell, f"{path}, line {line}, column {name}")
+                row[name] = json_of(cell, f"{path}, row {number} (line {line}), column {name}")
             else:
                 row[name] = None if not cell and (opening or column == "id") else Cell(cell)
         yield row

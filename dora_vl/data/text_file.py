@@ -215,17 +215,18 @@ def table_rows(
         names = [heads[index] for index in named]
         _check_names(path, names)
         begins = reader.line_num + 1
-        for values in filter(None, reader):
+        for number, values in enumerate(filter(None, reader), 1):
+            where = f"{path}, row {number} (line {reader.line_num})"  # samples are named by row, editors show lines
             if values == [_END]:
                 return
             if values[-1].endswith(_END):
                 break
             if not named[-1] < len(values) <= len(heads):
                 counts = f"{len(values)} values for {len(heads)} columns"
-                raise UserError(f"{path}, line {reader.line_num}: {counts}; fetch or write the file again")
+                raise UserError(f"{where}: {counts}; fetch or write the file again")
             if cells := [values[index] for index in nameless if index < len(values) and values[index].strip()]:
                 remedy = "name its column in the first line, or empty it"
-                raise UserError(f"{path}, line {reader.line_num}: {short_repr(cells[0])} has no column name; {remedy}")
+                raise UserError(f"{where}: {short_repr(cells[0])} has no column name; {remedy}")
             yield reader.line_num, dict(zip(names, (values[index] for index in named), strict=True))
             begins = reader.line_num + 1
     except csv.Error as error:
@@ -301,8 +302,9 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
             return
         name = rows[1].decode() if rows else key
         if name is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
-            texts = ((f"{path}, line {number}", line) for number, line in _lines(path, kind) if line.strip())
-            yield from enumerate((json_of(line, where, half_pairs=True) for where, line in texts), start=1)
+            texts = (numbered for numbered in _lines(path, kind) if numbered[1].strip())
+            for number, (line_number, line) in enumerate(texts, start=1):
+                yield number, json_of(line, f"{path}, row {number} (line {line_number})", half_pairs=True)
             return
         file.seek(0)
         if rows and (beside := [other for other in _lists_in(path, file) if other != name]):

@@ -161,7 +161,7 @@ def _json_rows(path: Path) -> Iterator[Prediction]:
             yield Prediction(id=name, ids={"id": name}, prediction=str(answer), is_number=not isinstance(answer, str))
         return
     for numbered in (first_two, values):
-        yield from (_row(value, f"{path}, line {number}") for number, value in numbered)
+        yield from (_row(value, f"{path}, row {number}") for number, value in numbered)
 
 
 def _table_rows(path: Path) -> Iterator[Prediction]:

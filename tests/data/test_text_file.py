@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dora_vl.data import text_file
+from dora_vl.data.check import FileCheck
+from dora_vl.data.table import load_rows
 from dora_vl.data.text_file import (
     DEEPEST,
     NotUtf8,
@@ -19,7 +21,7 @@ from dora_vl.data.text_file import (
     table_rows,
     text_lines,
 )
-from dora_vl.errors import UserError
+from dora_vl.errors import BadSample, UserError
 from dora_vl.yaml_files import read_yaml
 
 BOM = b"\xef\xbb\xbf"
@@ -208,3 +210,32 @@ def test_a_carriage_return_inside_a_line_is_named_in_our_words(tmp_path: Path) -
         list(table_rows(tmp_path / "a.csv", "rows", delimiter=","))
     assert "line 2" in str(caught.value)
     assert "universal" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "unfit", "broken", "line"),
+    [
+        ("a.csv", 'question,answer\n"two\nlines",a\n\nq,{}\nr,b\n', "", "a,b", 5),
+        ("a.csv", 'question,images,answer\n"two\nlines",,a\nq,{}\nr,,b\n', ",", '"[x",a', 4),
+        (
+            "a.jsonl",
+            '{{"question": "q", "answer": "a"}}\n\n{}\n',
+            '{"question": "q", "answer": ""}',
+            '{"question": q',
+            3,
+        ),
+    ],
+    ids=["another length", "a cell of JSON", "lines of JSON"],
+)
+def test_a_row_has_one_number_in_every_message(
+    tmp_path: Path, name: str, rows: str, unfit: str, broken: str, line: int
+) -> None:
+    path = tmp_path / name
+    path.write_text(rows.format(unfit), newline="")
+    assert [row.sample_id for row in load_rows(str(path)) if isinstance(row, BadSample)] == ["row 2"]
+    (finding,) = FileCheck(path).run().findings.values()
+    assert [*finding.examples.values()] == [["row 2"]]
+    path.write_text(rows.format(broken), newline="")
+    with pytest.raises(UserError) as caught:
+        load_rows(str(path))
+    assert f"{name}, row 2 (line {line})" in str(caught.value)
