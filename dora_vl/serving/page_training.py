@@ -52,7 +52,7 @@ STATES = {
 }
 """Maps a run's state to what the page says about it."""
 LOOK_FIRST = "Look at the data. Runs of before are under Run, also one that goes on."
-NO_BASE = "There is no model to adapt here yet: type `dora-vl quickstart` in this folder first, or choose a base."
+NO_BASE = "There is no model to adapt here yet: type “dora-vl quickstart” in this folder first, or choose a base."
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
 """Reading a run's files may raise these if another version wrote them, or somebody has changed them."""
 Update = dict[Any, Any]
@@ -137,7 +137,7 @@ class TrainTab:
                                  visible=False, elem_id="dv-curve")  # fmt: skip
         self.watched, self.rows, self.seen = (html(elem_id=f"dv-{name}") for name in ("watched", "rows", "seen-data"))
         self.commands = gr.Code(language="shell", label="Commands that the clicks run", lines=1,
-                                interactive=False, elem_id="dv-commands")  # fmt: skip
+                                interactive=False, wrap_lines=True, elem_id="dv-commands")  # fmt: skip
         with gr.Accordion("The first batch, as the model sees it", open=False):
             self.batch = html(elem_id="dv-batch")
         with gr.Accordion("What training will take", open=False):

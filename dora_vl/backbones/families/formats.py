@@ -88,12 +88,9 @@ class Prompts:
         if reason := out_of_order(rounds):
             raise ValueError(reason)
         if greeting and rounds and not self._takes_greeting(with_system=system is not None):
-            log_once(
-                _log, logging.WARNING, f"template {self.name} has no place for an assistant's greeting: it is left out"
-            )
-            before = [] if system is None else [system]
-            first = replace(rounds[0], more=greeting[0].more)
-            return self.render([*before, first, *rounds[1:]], generation_prompt=generation_prompt).after_greeting()
+            log_once(_log, logging.WARNING, f"template {self.name} has no place for a greeting: it is left out")
+            others = [*turns[: -len(conversation)], replace(rounds[0], more=greeting[0].more), *rounds[1:]]
+            return self.render(others, generation_prompt=generation_prompt).after_greeting()
         conversation = [*greeting, *rounds]
         answers = [index for index, turn in enumerate(conversation) if turn.role == "assistant"]
         for number, index in enumerate(answers, 1):
