@@ -140,13 +140,19 @@ def is_language_model(model_type: str) -> bool:
     return is_causal and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
+def why_refused(model_type: str) -> str | None:
+    """Says why a model type can be neither trained on conversations nor asked; None if it can be."""
+    if model_type in NOT_TRAINED:
+        return NOT_TRAINED[model_type]
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or is_language_model(model_type):
+        return None
+    return "transformers knows it neither as an image-text-to-text nor as a causal language model"
+
+
 def check_trained(base: str, model_type: str) -> None:
     """Refuses a model type that cannot be trained on conversations, before its weights are loaded."""
-    what = f"model.base {base!r} is a {model_type!r}, which cannot be trained here"
-    can = "take a vision-language model that answers chats, such as qwen2_5_vl, smolvlm, internvl, gemma3 or llava"
-    if model_type in NOT_TRAINED:
-        raise UserError(f"{what}: {NOT_TRAINED[model_type]}; {can}")
-    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not is_language_model(model_type):
+    if reason := why_refused(model_type):
         raise UserError(
-            f"{what}: transformers knows it neither as an image-text-to-text nor as a causal language model; {can}"
+            f"model.base {base!r} is a {model_type!r}, which cannot be trained here: {reason}; take a vision-language "
+            "model that answers chats, such as qwen2_5_vl, smolvlm, internvl, gemma3 or llava"
         )

@@ -10,12 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters import files
@@ -24,10 +18,9 @@ from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter, no_adapter
 from dora_vl.adapters.settings import check_peft_fields
-from dora_vl.backbones.base import Attention, Backbone, max_positions, model_type_of
+from dora_vl.backbones.base import Attention, Backbone, max_positions, model_type_of, why_refused
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.families.formats import FORMATS, OWN_TEMPLATE, PROMPTS, TEMPLATES
-from dora_vl.backbones.families.table import NOT_TRAINED
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, short_repr
@@ -72,8 +65,6 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     VLBART: ("tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
 }
 """`recipe.json` must hold these entries, by kind of model, so that the model can be asked."""
-ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
-"""transformers lists these model types as causal language models, but only for their decoders."""
 DTYPES = ("bfloat16", "float16", "float32")
 FLASH = "flash_attention_2"
 
@@ -167,17 +158,12 @@ def kind_of_base(base: str, revision: str | None = None) -> str:
     model_type = model_type_of(base, revision)
     if model_type == VLBART:
         return VLBART
-    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type not in NOT_TRAINED:
-        return DECODER
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in (*NOT_TRAINED, *ENCODERS):
-        return DECODER
-    reasons = {**dict.fromkeys(ENCODERS, "it has an encoder, which reads a text as a whole"), **NOT_TRAINED}
-    unlisted = "transformers lists it neither as an image-text-to-text nor as a causal language model"
-    reason = reasons.get(model_type, unlisted)
-    raise UserError(
-        f"{base} is a {model_type!r}, which cannot be asked here: {reason}; take a model that answers chats, such as "
-        "qwen2_5_vl, smolvlm, internvl, gemma3, llava or llama"
-    )
+    if reason := why_refused(model_type):
+        raise UserError(
+            f"{base} is a {model_type!r}, which cannot be asked here: {reason}; take a model that answers chats, such "
+            "as qwen2_5_vl, smolvlm, internvl, gemma3, llava or llama"
+        )
+    return DECODER
 
 
 def _stated_dtype(base: str, revision: str | None) -> str:
