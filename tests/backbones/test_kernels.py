@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
-from transformers import BartConfig, BartForConditionalGeneration
-from transformers.modeling_utils import PreTrainedModel
-
-from dora_vl.backbones.feature_encoder import load_pooled
-from dora_vl.backbones.loading import read_language_model
-from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.specs import TowerSpec, VlBartSpec
-from dora_vl.backbones.tower_sources import load_transformers
-from dora_vl.backbones.vlbart import _language, load_vlbart
-from dora_vl.evaluation.merge_check import _opened
-from tests.backbones.conftest import small_clip
-from tests.backbones.test_towers import save_clip
-from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
-from tests.backbones.tiny_vlbart import tiny
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).parents[2]
 NO_MODELS = ("Config", "Tokenizer", "TokenizerFast", "Processor", "ProcessorPil", "PeftModel")
@@ -50,50 +37,17 @@ def test_one_function_opens_models() -> None:
     assert found == [("dora_vl/backbones/loading.py", "load_pretrained")]
 
 
-@dataclass(frozen=True)
-class Folders:
-    language: Path
-    clip: Path
-    bart: Path
-    vlbart: Path
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    folder = tmp_path_factory.mktemp("bases")
-    write_tiny_language(folder / "language")
-    save_clip(small_clip(0), folder / "clip")
-    sizes = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
-    config = BartConfig(vocab_size=300, d_model=16, encoder_ffn_dim=8, decoder_ffn_dim=8, **sizes)
-    BartForConditionalGeneration(config).save_pretrained(folder / "bart")
-    byte_tokenizer().save_pretrained(folder / "bart")
-    tiny().save_pretrained(folder / "vlbart")
-    return Folders(*(folder / name for name in ("language", "clip", "bart", "vlbart")))
-
-
-def tower(folders: Folders) -> TowerSpec:
-    return TowerSpec(library="transformers", name=str(folders.clip), weights="pretrained")
-
-
-OPENED: dict[str, Callable[[Folders], Any]] = {
-    "a base": lambda folders: open_backbone(str(folders.language)),
-    "a language model": lambda folders: read_language_model(str(folders.language)),
-    "a vision tower": lambda folders: load_transformers(tower(folders)),
-    "a picture encoder": lambda folders: load_pooled(tower(folders)),
-    "a VL-BART": lambda folders: load_vlbart(folders.vlbart),
-    "a BART": lambda folders: _language(VlBartSpec(bart=str(folders.bart))),
-    "a merge to check": lambda folders: _opened(folders.language),
-}
-
-
-@pytest.mark.parametrize("way", OPENED)
-def test_transformers_is_told_not_to_use_kernels(way: str, bases: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, asked = PreTrainedModel.from_pretrained.__func__, []
-
-    def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:
-        asked.append(options.get("use_kernels"))
-        return load(cls, *args, **options)
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
-    OPENED[way](bases)
-    assert asked == [False]
+def test_nothing_asks_for_a_kernel_where_the_package_is_installed(tmp_path: Path) -> None:
+    described = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info" / "METADATA"
+    for folder in (tmp_path / "kernels", described.parent):
+        folder.mkdir()
+    shutil.copy(Path(__file__).with_name("fake_kernels.py"), tmp_path / "kernels" / "__init__.py")
+    described.write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name("kernels_checks.py"))]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "USE_HUB_KERNELS": "YES"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
