@@ -81,9 +81,7 @@ def tower(folders: Folders) -> TowerSpec:
 
 
 def compose(folders: Folders) -> None:
-    spec = ComposeSpec(
-        vision_library="transformers", vision_name=folders / "clip", language_model=folders / "language"
-    )
+    spec = ComposeSpec(vision_library="transformers", vision_name=folders / "clip", language_model=folders / "language")
     compose_llava(spec, folders.root / "composed")
 
 

@@ -107,7 +107,7 @@ WHOLE_CHANGE = {"dropout": 0.05, "dropout_mode": "whole_change"}
 def test_activations_and_products_are_those_of_a_real_step(monkeypatch, adapter, bound) -> None:
     monkeypatch.setattr(cpu_step, "SMALLEST", 2**60)  # as a GPU has it
     model, ids = tiny_llama(**adapter), torch.randint(64, (4, 96))
-    attention = 6 * ids.numel() * 96 * 128  # which torch counts as nothing on a CPU
+    attention = 6 * ids.numel() * 96 * 128  # counted by hand: torch 2.15 counts it on a CPU, earlier ones do not
     expected, kept = activations_of(model), dict[bool, int]()
     for recomputed in (False, True):
         if recomputed:
@@ -122,7 +122,9 @@ def test_activations_and_products_are_those_of_a_real_step(monkeypatch, adapter,
                 kept[recomputed] = live.now - before
                 hidden.float().square().mean().backward()
         planned = PlannedRun(model, {"gradient_checkpointing": recomputed}, False, Samples(4, 96, 0))
-        flop = counter.get_total_flops() + (18 if recomputed else 14) * attention
+        counted = counter.get_flop_counts()["Global"].items()
+        products = sum(number for operation, number in counted if "attention" not in str(operation))
+        flop = products + (18 if recomputed else 14) * attention
         assert planned.flop() == pytest.approx(flop, rel=0.05)
     whole, vectors = (expected.of(tokens=ids.numel(), labelled=0, recomputed=each) for each in (False, True))
     assert whole == pytest.approx(kept[False], rel=bound)
