@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ OF_BITSANDBYTES = "get_kernel kernels-community/quantization-bitsandbytes"
 class Folders:
     root: Path
     run: Path
-    adapter: Path
+
+    @cached_property
+    def adapter(self) -> Path:
+        return trained(self.run) / "adapter"
 
     def __truediv__(self, name: str) -> str:
         return str(self.root / name)
@@ -73,7 +77,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     Image.new("RGB", (12, 10), "red").save(root / "red.png")
     base, data = write_tiny_llava(root / "llava"), write_tiny_data(root / "data", samples=8)
     run = write_run(root / "run.yaml", base, data, training={"max_steps": 1})
-    return Folders(root, run, trained(run) / "adapter")
+    return Folders(root, run)
 
 
 def tower(folders: Folders) -> TowerSpec:
@@ -91,7 +95,7 @@ def ask(folders: Folders) -> None:
 
 
 WAYS: dict[str, Callable[[Folders], Any]] = {
-    "train": lambda folders: trained(folders.run, name="again"),
+    "train": lambda folders: folders.adapter,
     "ask": ask,
     "serve": lambda folders: open_served(None, {"red": folders.adapter}),
     "merge": lambda folders: merged(folders.adapter, folders.root / "merged"),
