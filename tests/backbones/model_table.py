@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from dora_vl.backbones.families.table import NOT_TRAINED
 from tests.backbones.tiny_families.family import Family
@@ -86,9 +89,10 @@ def row(name: str, family: Family) -> str:
 
 
 def refused() -> list[str]:
-    """The types for pictures and text that are not trained, a line for each reason."""
+    """The types for pictures and text that are not trained, a line for each reason; the same in every transformers."""
     types: dict[str, list[str]] = {}
-    for name in sorted(set(NOT_TRAINED) & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)):
+    of_text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
+    for name in sorted(NOT_TRAINED.keys() - of_text):
         types.setdefault(NOT_TRAINED[name], []).append(name)
     return [f"| {reason} | {', '.join(names)} |" for reason, names in types.items()]
 
