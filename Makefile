@@ -70,8 +70,11 @@ docs: $(INSTALLED)
 	$(BIN)/zensical build --strict --clean
 	@echo "$(SITE)/index.html; with search: $(BIN)/python -m http.server --directory $(SITE) 8080"
 
+# Two processes of one thread each.
+FAST := -m "not slow and not gpu" -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
 
 # What the wheel's own dependencies are enough for, from an empty folder: the demo in little, a person's own pictures.
 FRESH := runs/fresh-install
@@ -107,7 +110,7 @@ newest:
 	$(NEWEST)/venv/bin/python -m pip install --quiet uv
 	$(NEWEST)/venv/bin/uv pip install --quiet --compile-bytecode --python $(NEWEST)/venv/bin/python --editable '.[video,dev]'
 	$(NEWEST)/venv/bin/uv pip list --outdated --python $(NEWEST)/venv/bin/python
-	OMP_NUM_THREADS=1 $(NEWEST)/venv/bin/python -m pytest -m "not slow and not gpu" -q $(TESTS)
+	OMP_NUM_THREADS=1 $(NEWEST)/venv/bin/python -m pytest $(FAST) $(TESTS)
 
 # Slow tests too, and every annotated shape and type checked at each call, which costs the fast ones a quarter.
 test-all: $(INSTALLED) lint
