@@ -152,6 +152,29 @@ def test_a_talk_is_copied_and_stays_over_a_reload_in_its_own_tab(red: Visitor, o
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_tables_of_a_run_fit_a_telephone(chromium: Any) -> None:
+    """What a run shows at most: advice beside its scores, and four answers to a question with its picture."""
+    from dora_vl.serving.page import STYLE
+    from dora_vl.serving.page_parts import table_view
+
+    told = "7 of 16 are answered as before training; much is forgotten: train fewer epochs"
+    scores = [["what a linear probe reads from the base's pictures", "83.2", "63.2 to 100.0", "1,200"]]
+    scores += [["what does the sign say?", told, "", ""]]
+    test = table_view("", ["", "value", "95 % interval", "questions"], [(("", row[0]), row[1:]) for row in scores])
+    picture = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+    asked = ["what does the sign say?", "stop", "teal rectangle, so rectangle", *["✓\N{NO-BREAK SPACE}stop"] * 3]
+    watched = table_view(
+        "", ["", "question", "right answer", "step 0", "step 12", "step 36", "step 60"], [((picture, ""), asked)]
+    )
+    page = chromium.new_page(viewport={"width": 400, "height": 800})
+    page.set_content(
+        f"<style>{STYLE.read_text()}</style><body style='margin: 32px; font-family: sans-serif'>{test}{watched}"
+    )
+    hidden = "[...document.querySelectorAll('.dv-wide')].map(each => each.scrollWidth - each.clientWidth)"
+    assert page.evaluate(hidden) == [0, 0]
+    page.close()
+
+
 def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, Engine]) -> None:
     seen, texts = PromptMedia(pictures=(RED,)), {}
     red.ask(QUESTION)
