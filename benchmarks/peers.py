@@ -212,14 +212,14 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
     from dora_vl.data.table import load_training_rows
     from dora_vl.run.base import VideoReading, image_folder, video_folder, video_sampling
     from dora_vl.run.settings_parser import read_run
-    from dora_vl.training.decoder_pipeline import DecoderPipeline
-    from dora_vl.training.run_samples import RowEncoder
+    from dora_vl.training.opened import encoder_of
+    from dora_vl.training.sample_encoder import SampleEncoder
 
     config = read_run(options.settings(folder))
-    encoder, dtype = DecoderPipeline(config).encoder, getattr(torch, config.model.dtype)
+    encoder, dtype = encoder_of(config, thinking=None), getattr(torch, config.model.dtype)
     rows = load_training_rows(train_files(config.data.files))[0]
     videos = VideoReading(folder=video_folder(config.data), sampling=video_sampling(config.data))
-    samples = RowEncoder(encoder=encoder, folder=image_folder(config.data), videos=videos).dataset(rows, rows.stored)
+    samples = SampleEncoder(encoder=encoder, folder=image_folder(config.data), videos=videos).dataset(rows, rows.stored)
     plain = encoder.collate
 
     def batch(items: list[dict[str, int]]) -> dict[str, Any]:

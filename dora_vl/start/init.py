@@ -175,11 +175,16 @@ def _probe_base(run_file: Path) -> Iterator[str]:
     from dora_vl.run.folder import PROBE
     from dora_vl.run.settings_parser import read_run_file
     from dora_vl.training.decoder_pipeline import DecoderPipeline
+    from dora_vl.training.extras.closed_form import readable
+    from dora_vl.training.parts import adapt
 
     config = read_run_file(run_file)
     on_one_rank = {name: value for name, value in config.training.items() if name != "deepspeed"}
     try:
-        answers = DecoderPipeline(replace(config, training=on_one_rank)).readable()
+        pipeline = DecoderPipeline(replace(config, training=on_one_rank))
+        arguments, backbone = pipeline.arguments(), pipeline.load()
+        adapt(backbone.model, pipeline.dora_config(backbone))  # so that the run finds the outputs that are stored here
+        answers = readable(pipeline.opened(arguments), backbone)
     except UserError as error:
         yield f"no linear probe was fitted: {error}"
         return

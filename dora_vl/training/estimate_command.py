@@ -126,7 +126,7 @@ def first_batch_tokens(config: RunConfig) -> tuple[int, int, int]:
 
 def _steps(planned: PlannedRun, samples: int, *, replay: float) -> int:
     """Returns at least how many optimizer steps an epoch's samples, and the base's chats beside them, take."""
-    from dora_vl.training.replay import chats_in_epoch
+    from dora_vl.training.extras.replay import chats_in_epoch
 
     if (most := planned.section.get("max_steps", -1)) > 0:
         return int(most)

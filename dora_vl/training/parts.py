@@ -32,9 +32,9 @@ from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.settings import AdapterConfig, Decayed, OptimConfig
 from dora_vl.run.sharding import gather_to_read, gather_to_write, without_sharding
+from dora_vl.training.extras.vllm import refuse_unsent
 from dora_vl.training.memory import Table, parameter_count, weight_count
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.vllm_rollouts import refuse_unsent
 
 logger = logging.getLogger(__name__)
 cannot_start = partial(SettingError, "adapter.initial")

@@ -25,8 +25,8 @@ from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunConfig
 from dora_vl.run.watched_questions import Watch
-from dora_vl.training.losses import LossModel
-from dora_vl.training.rollouts import Rollouts
+from dora_vl.training.ways.losses import LossModel
+from dora_vl.training.ways.rollouts import Rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,10 @@ class Pipeline(ABC):
         return None
 
     @abstractmethod
-    def reading(self, backbone: Backbone[Any]) -> TokenText:
+    def reading(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TokenText:
         """Returns the reader of its batches' tokens."""
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self, arguments: TrainingArguments) -> dict[str, Any]:
         """Returns what `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
         model = self.config.model
         return {

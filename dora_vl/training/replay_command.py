@@ -28,10 +28,11 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     """Writes the chats unless they are there; yields where they are."""
     import torch
 
+    from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
     from dora_vl.run.launch import log_to_stderr
     from dora_vl.run.settings_parser import read_run
     from dora_vl.training.decoder_pipeline import DecoderPipeline
-    from dora_vl.training.replay import find_or_write_chats
+    from dora_vl.training.extras.replay import find_or_write_chats
     from dora_vl.training.show_command import shown_settings
     from dora_vl.training.train_command import pipeline_of
 
@@ -40,7 +41,9 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     config = read_run(words, program="dora-vl replay")
     with tempfile.TemporaryDirectory() as folder:
         pipeline = cast(DecoderPipeline, pipeline_of(shown_settings(config, Path(folder))))
-        pipeline.prepare(pipeline.arguments())  # composes the base, and looks whether the data has thoughts
+        arguments = pipeline.arguments()
+        pipeline.prepare(arguments)  # composes the base, and looks whether the data has thoughts
     pipeline.config = config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield f"{find_or_write_chats(config, pipeline.assistant(pipeline.load()), device)}: chats of {config.model.base}"
+    assistant = Assistant(pipeline.load(), EncoderPrompts(pipeline.opened(arguments).encoder))
+    yield f"{find_or_write_chats(config, assistant, device)}: chats of {config.model.base}"

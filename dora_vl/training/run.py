@@ -46,8 +46,8 @@ from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, training_fits
 from dora_vl.training.parts import adapt, check_initial, check_parts
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.rollouts import steps_alike
 from dora_vl.training.trainer import AdapterTrainer, build_trainer
+from dora_vl.training.ways.rollouts import steps_alike
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,22 +14,11 @@ import datasets
 import torch
 from transformers import TrainingArguments
 
-from dora_vl.backbones.base import decoder_of, head_of
-from dora_vl.backbones.encoder import Encoder, placeholder_picture
-from dora_vl.backbones.frozen_outputs import (
-    NotStorable,
-    OutputStore,
-    PictureReader,
-    find_verified_parts,
-    inputs_of,
-    with_stored_outputs,
-)
-from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.video_inputs import within_pixels
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import train_files, train_name
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, open_image, path_inside
+from dora_vl.data.pictures import MediaFolder, StoredPictures, any_is_there, path_inside
 from dora_vl.data.samplers import (
     ModalityLengthSampler,
     ReplaySampler,
@@ -42,16 +29,7 @@ from dora_vl.data.samplers import (
     places_of_largest_pictures,
     sampling_lengths,
 )
-from dora_vl.data.samples import (
-    CHECKED_SAMPLES,
-    ConversationDataset,
-    Encoded,
-    Examples,
-    Labelled,
-    Sample,
-    Skipped,
-    check_files_early,
-)
+from dora_vl.data.samples import CHECKED_SAMPLES, ConversationDataset, Labelled, Sample, Skipped, check_files_early
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
     VALIDATED,
@@ -66,21 +44,17 @@ from dora_vl.data.table import (
     split_validation,
     uses_of,
 )
-from dora_vl.data.turns import THINK, Turn
+from dora_vl.data.turns import THINK
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, short_repr
 from dora_vl.evaluation.questions import all_asked, text_asked
 from dora_vl.files import content_key
-from dora_vl.heads.objectives import FLAGS
 from dora_vl.run.arguments import order_seed
-from dora_vl.run.base import VideoReading, image_folder, video_folder
-from dora_vl.run.folder import run_folder_of
-from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
-from dora_vl.run.settings import DataConfig, ObjectiveConfig, RunConfig
-from dora_vl.run.sharding import gather_to_read
+from dora_vl.run.base import image_folder, video_folder
+from dora_vl.run.settings import DataConfig, RunConfig
 from dora_vl.run.watched_questions import evenly
-from dora_vl.training.closed_form import Round, rounds_of
+from dora_vl.training.extras.replay import Replay
 from dora_vl.training.pipeline import TrainingData
-from dora_vl.training.replay import Replay
+from dora_vl.training.sample_encoder import SampleEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -90,80 +64,6 @@ FIRST_ROWS = 1_000
 """At least one picture of this many first rows must be in the folder, or it is the wrong folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowEncoder:
-    """Makes samples of a run's rows with pictures and videos (None: the model sees words alone), also in workers.
-
-    A sample's pictures are shrunk to `most_pixels`; `outputs` are stored outputs of frozen vision parts.
-    """
-
-    encoder: Encoder
-    folder: MediaFolder | None = None
-    videos: VideoReading | None = None
-    most_pixels: int | None = None
-    outputs: OutputStore | None = None
-    compares: bool = False
-    """True where a sample is the last answer with the rejected ones beside it, not the whole conversation."""
-    exchange: int | None = None
-    """This seed draws another picture for the chosen answer (`objective.exchange_pictures`); None draws none."""
-
-    def dataset(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
-        """Makes the samples of some rows, and of the pictures that they hold themselves."""
-        return ConversationDataset(rows, encode=partial(self.encode, stored=stored, rows=rows))
-
-    def encode(self, row: Example, stored: HeldPictures, rows: Examples = ()) -> Encoded:
-        """Encodes a row, and beside it its answers about other pictures, drawn among `rows`."""
-        encoded = [self._encode(part, stored) for part in self.parts(row, rows)]
-        if self.exchange is not None and len(encoded) > 1 and not row.rejected_images:
-            encoded[-1] = dataclasses.replace(encoded[-1], exchanged=True)
-        first, *others = (each for part in encoded for each in (part, *part.others))
-        return dataclasses.replace(first, others=tuple(others), lost_pixels=sum(part.lost_pixels for part in encoded))
-
-    def parts(self, row: Example, rows: Examples) -> list[Example]:
-        """Splits a row by the pictures that its answers are about."""
-        if not self.compares or not row.rejected:
-            return [row]
-        *prompt, chosen = row.turns
-        if row.rejected_images:
-            texts, images = row.rejected, row.rejected_images
-            row = dataclasses.replace(row, rejected=())
-        elif self.exchange is not None and isinstance(rows, ExampleTable):
-            texts, images = (chosen.text,), rows.other_pictures(row, self.exchange)
-        else:
-            return [row]
-        turns = (*prompt, Turn("assistant", texts[0]))
-        other = dataclasses.replace(row, turns=turns, rejected=texts[1:], images=images, is_good=False)
-        return [row, other] if images else [row]
-
-    def _encode(self, row: Example, stored: HeldPictures) -> Encoded:
-        """Encodes answers about the same pictures; pictures with stored outputs only give their size."""
-        if self.folder is None or self.videos is None:
-            if row.images or row.videos:
-                raise BadSample(row.id, "it has pictures or videos, which a language model does not see")
-            return self._encoded(row)
-        clips, outputs, lost = self.videos.read(row.videos) if row.videos else [], None, 0
-        if self.outputs is not None and row.images:
-            reader = PictureReader(encoder=self.encoder, folder=self.folder, stored=stored)
-            outputs = self.outputs.read(reader, row.images)
-            pictures = [placeholder_picture(size) for size in outputs.sizes]
-        else:
-            pictures = [open_image(self.folder, name, stored) for name in row.images]
-        if self.most_pixels is not None:
-            pictures, clips, lost = within_pixels(pictures, clips, self.most_pixels)
-        encoded = dataclasses.replace(self._encoded(row, pictures, clips), lost_pixels=lost)
-        if outputs is None:
-            return encoded
-        rows = (encoded, *encoded.others)
-        if any(0 < len(part.media) < len(row.images) for part in rows):
-            reason = "its rounds are rows of their own, with fewer pictures than are stored together"
-            raise BadSample(row.id, f"{reason}; set data.cache_features: false")
-        first, *others = (with_stored_outputs(part, outputs.outputs) if part.media else part for part in rows)
-        return dataclasses.replace(first, others=tuple(others))
-
-    def _encoded(self, row: Example, *media: Any) -> Encoded:
-        return (self.encoder.encode_answers if self.compares else self.encoder.encode)(row, *media)
-
-
 class RunSamples:
     """Holds a run's training and validation samples; every order is drawn by the arguments' seed."""
 
@@ -171,7 +71,7 @@ class RunSamples:
         self._data, self._arguments, self._seed = data, arguments, order_seed(arguments)
         self._train: ExampleTable | None = None
         self._stream: SampleStream | None = None
-        self._name = train_name(data.files)
+        self.name = train_name(data.files)
         self.held_out: ExampleTable | None = None
         """The loss of these samples is measured while training."""
         if data.streaming:
@@ -216,17 +116,28 @@ class RunSamples:
         sources = () if self._stream is None else self._stream.sources
         return [row for source in sources for row in source.first_rows if isinstance(row, Example)]
 
-    def has_other_pictures(self, objective: ObjectiveConfig) -> bool:
-        """Tells whether a sample's answers may be about two lists of pictures."""
-        of_data = any(row.rejected_images for row in self._streamed)
-        of_data = of_data or any(table.has_any("rejected_images") for table in self._tables)
-        return objective.kind != "supervised" and (objective.exchange_pictures or of_data)
+    @property
+    def has_other_pictures(self) -> bool:
+        """Tells whether a sample's rejected answers are about pictures of their own."""
+        of_stream = any(example.rejected_images for example in self._streamed)
+        return of_stream or any(table.has_any("rejected_images") for table in self._tables)
 
-    def rounds(self, limit: int) -> list[Round]:
-        """Lists questions and answers about pictures of at most `most` training samples, evenly spread."""
+    @property
+    def pictures_of_samples(self) -> Sequence[Sequence[str]] | None:
+        """Lists each training sample's pictures; None for a stream, which does not look ahead."""
+        return None if self._train is None else self._train.rows["images"]
+
+    @property
+    def most_rejected(self) -> int:
+        """Returns the most rejected answers of a sample."""
+        counts = [len(example.rejected) for example in self._streamed]
+        return max([*counts, *(table.most_rejected for table in self._tables)])
+
+    def evenly_spread(self, count: int) -> Iterator[Example]:
+        """Yields the readable ones of at most `count` training samples at even distances."""
         assert self._train is not None, "a stream stores no outputs"
-        examples = (self._train[index] for index in evenly(range(len(self._train)), limit))
-        return [*rounds_of(row for row in examples if isinstance(row, Example))]
+        examples = (self._train[index] for index in evenly(range(len(self._train)), count))
+        return (example for example in examples if isinstance(example, Example))
 
     @property
     def stored(self) -> StoredPictures:
@@ -243,7 +154,7 @@ class RunSamples:
             tables = [(file, load_rows(file.path, data.limit, columns=data.column_settings).rows) for file in files]
             lines = [line for file, rows in tables for line in described(file, rows)]
             if unmet := data.column_settings.missing_column(uses for _, rows in tables for uses in uses_of(rows)):
-                logger.warning("%s: %s", self._name, unmet)  # the test's file may have it
+                logger.warning("%s: %s", self.name, unmet)  # the test's file may have it
             for file, rows in tables:
                 for finding in doubtful_samples(rows):
                     logger.warning("%s: %s", file.path, one_line(str(finding)))
@@ -253,58 +164,13 @@ class RunSamples:
             counts = len(self.held_out.rows), len(self.held_out.pictures), self._seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
 
-    def check_objective(self, objective: ObjectiveConfig) -> None:
-        """Refuses a loss that the samples do not serve."""
-        judged, compared = self._judgements()
-        what = "rejected answers" if compared else "answers that a flag calls good or bad"
-        if objective.kind == "supervised" and (judged or compared):
-            both = "dpo" if compared else "kto"
-            alone = "data.columns: {chosen: completion}" if compared else "a file without the bad ones"
-            reason = f"{both} learns from both, {alone} from the good ones alone"
-            raise SettingError("objective.loss", f" is sft, and {self._name} has {what}; {reason}")
-        if objective.kind == "reward" and (judged or compared):
-            reason = "it draws its own answers; dpo and the like learn from the file's"
-            raise SettingError("objective.loss", f" is {objective.loss}, and {self._name} has {what}: {reason}")
-        if objective.kind != "preference":
-            return
-        if judged and compared and not all(loss.mixes for loss in objective.losses):
-            names = ", ".join(loss.name for loss in objective.losses if not loss.mixes)
-            reason = "which would leave the latter out; take kto, or a run for each"
-            what = "rejected answers beside chosen ones and answers that a flag calls good or bad"
-            raise SettingError("objective.loss", f": {self._name} has {what}, and {names} compares pairs, {reason}")
-        paired = not all(FLAGS in loss.takes for loss in objective.losses)
-        if not compared and (paired or not judged):
-            needs = "rejected answers beside the chosen ones" + ("" if paired else ", or a flag for each answer")
-            names = ", ".join(objective.weights)
-            raise SettingError(
-                "objective.loss", f": {names} needs {needs}, and {self._name} has none; see docs/data.md"
-            )
-        unmatched = [loss.name for loss in objective.losses if loss.needs_unmatched]
-        if unmatched and self._arguments.per_device_train_batch_size == 1:
-            reason = (
-                f" is 1, and {unmatched[0]} compares an answer with those to other prompts beside it; set 2 or more"
-            )
-            raise SettingError("training.per_device_train_batch_size", reason)
-        if objective.exchange_pictures:
-            self._check_exchange(compared=compared)
-
     def check_count(self) -> None:
         """Refuses `training.dataloader_drop_last` where it leaves all samples out; a stream may not know its number."""
         samples = self._stream.samples if self._stream is not None else len(self._train or ())
         together = self._arguments.per_device_train_batch_size * self._arguments.world_size
         if self._arguments.dataloader_drop_last and samples is not None and samples < together:
-            reason = f"a micro-batch on each rank takes {together:,}, and {self._name} has {samples:,} samples"
+            reason = f"a micro-batch on each rank takes {together:,}, and {self.name} has {samples:,} samples"
             raise SettingError("training.dataloader_drop_last", f" would leave all of them out: {reason}; set it false")
-
-    def _check_exchange(self, *, compared: bool) -> None:
-        """Refuses to exchange pictures where no answer would be compared with itself under another one."""
-        trouble = None
-        if self._train is None:
-            trouble = "draws among all pictures, and data.streaming reads samples as they come; set one of them false"
-        elif not compared or _none_to_exchange(self._train.rows["images"]):
-            trouble = f"needs pairs and several pictures, and {self._name} has none; set it false"
-        if trouble is not None:
-            raise SettingError("objective.exchange_pictures", f" {trouble}")
 
     def example_of(self, index: int) -> Example | BadSample:
         """Returns a training sample's example."""
@@ -315,7 +181,8 @@ class RunSamples:
         """Yields the training samples' examples that can be read, not those of a stream."""
         yield from (row for row in self._train or () if isinstance(row, Example))
 
-    def _judgements(self) -> tuple[bool, bool]:
+    @property
+    def judgements(self) -> tuple[bool, bool]:
         """Tells whether some samples are called good or bad, and whether some have rejected answers."""
         rows, tables = self._streamed, self._tables
         judged = any(row.is_good is not None for row in rows) or any(table.is_judged for table in tables)
@@ -338,34 +205,28 @@ class RunSamples:
                 f": not one of the first {len(named):,} pictures is in {pictures}, such as {short_repr(named[0])}",
             )
         share = self._data.max_bad_share
-        check_files_early(self._train, pictures=pictures, videos=videos, max_bad_share=share, source=self._name)
+        check_files_early(self._train, pictures=pictures, videos=videos, max_bad_share=share, source=self.name)
 
-    def labelled(self, rows: RowEncoder) -> Iterator[Labelled]:
+    def labelled(self, encoder: SampleEncoder) -> Iterator[Labelled]:
         """Yields the labels of the first training samples, and of the first with pictures."""
-        encoder = rows.encoder
+        tokenizer, longest = encoder.encoder.tokenizer, encoder.encoder.max_tokens
         bad: list[Skipped] = []
         used = 0
-        for example, sample in self._first(rows):
+        for example, sample in self._first(encoder):
             if isinstance(sample, Skipped):
                 bad.append(sample)
             elif isinstance(example, Example):
                 used += 1
-                answers, tokenizer = encoder.answers(example), encoder.tokenizer
-                parts = rows.parts(example, [] if self._train is None else self._train)
-                texts = [text for part in parts for text in (part.turns[-1].text, *part.rejected)]
-                for index, row in enumerate(sample.rows()):
-                    labels, trained = row.labels, [answers[number] for number in row.answers]
-                    if rows.compares:
-                        turns = (*example.turns[:-1], Turn("assistant", texts[index]))
-                        trained = encoder.answers(dataclasses.replace(example, turns=turns))[-1:]
-                    cut = len(labels) == encoder.max_tokens
-                    yield Labelled(id=sample.id, labels=labels, answers=trained, tokenizer=tokenizer, cut=cut)
+                trained = encoder.trained(example, sample, [] if self._train is None else self._train)
+                for text, answers in zip(sample.rows(), trained, strict=True):
+                    cut = len(text.labels) == longest
+                    yield Labelled(id=sample.id, labels=text.labels, answers=answers, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
-                f"{self._name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"
+                f"{self.name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"
             )
 
-    def _first(self, encoder: RowEncoder) -> Iterator[tuple[Example | BadSample, Sample | Skipped]]:
+    def _first(self, encoder: SampleEncoder) -> Iterator[tuple[Example | BadSample, Sample | Skipped]]:
         """Yields the first samples, and the first with pictures."""
         if self._train is not None:
             samples = encoder.dataset(self._train, self._train.stored)
@@ -394,7 +255,7 @@ class RunSamples:
             ((each.id, each.images, text_asked(each) if each.images else all_asked(each)) for each in comparable),
         ):
             named = "; ".join(f"{sample} is {question} there" for sample, question in pairs[:3])
-            where = f"{len(pairs):,} training samples of {self._name} are asked again in {evaluation.file}"
+            where = f"{len(pairs):,} training samples of {self.name} are asked again in {evaluation.file}"
             logger.warning("%s", one_line(f"{where}: {named}"))
 
     def replay(self, path: Path, encoder: Encoder) -> Replay:
@@ -402,25 +263,27 @@ class RunSamples:
         assert self._train is not None, "prepare has refused a stream"
         return Replay.of(path, self._train, encoder, self._data.replay)
 
-    def training_data(self, rows: RowEncoder, collate: Collator, replay: Replay | None = None) -> TrainingData:
-        """Returns what the Trainer takes: samples that `rows` makes, and batches of them."""
+    def training_data(self, encoder: SampleEncoder, collate: Collator, replay: Replay | None = None) -> TrainingData:
+        """Returns what the Trainer takes: samples that `encoder` makes, and batches of them."""
         if self._stream is not None:
-            return self._streamed_data(self._stream, rows, collate)
+            return self._streamed_data(self._stream, encoder, collate)
         assert self._train is not None
         train = own = self._train
         if replay is not None:
             train = ExampleTable(datasets.concatenate_datasets([own.rows, replay.chats.rows]), own.stored)
-        encoder, media = rows.encoder, rows.folder is not None  # else words alone
-        shows_videos = media and self.has_videos and encoder.sees_pictures
+        text_encoder, media = encoder.encoder, encoder.folder is not None  # else words alone
+        shows_videos = media and self.has_videos and text_encoder.sees_pictures
         lengths = sampling_lengths(
             train.rows,
-            tokens_per_image=encoder.tokens_per_image if media else 0,
-            tokens_per_video=len(encoder.dummy_video(self._data.video_frames).input_ids) if shows_videos else 0,
+            tokens_per_image=text_encoder.tokens_per_image if media else 0,
+            tokens_per_video=len(text_encoder.dummy_video(self._data.video_frames).input_ids) if shows_videos else 0,
         )
         if replay is not None:  # among pictures, so that every step may hold some
             lengths.is_multimodal[len(own) :] = lengths.is_multimodal[: len(own)].any()
-        samples = rows.dataset(train, train.stored)
-        sized_pictures = rows.folder if media and encoder.size_matters else None  # a larger picture becomes more tokens
+        samples = encoder.dataset(train, train.stored)
+        sized_pictures = (
+            encoder.folder if media and text_encoder.size_matters else None
+        )  # a larger picture becomes more tokens
         grouped = self._data.group_by_modality_length
         trees = grouped and collate.packing == "trees" and bool(lengths.shared.any())
         sampler = self._sampler(lengths, trees=trees, replay=replay)
@@ -441,14 +304,14 @@ class RunSamples:
             samples=len(own) if sampler is None else len(sampler),
             ids=own.ids,
             media=partial(_media_keys, own if media else None, self._data, replay),
-            batch_tokens=micro_batch * self._sample_tokens(rows, collate, int(lengths.lengths.max())),
-            **self._shared_data(rows, collate),
+            batch_tokens=micro_batch * self._sample_tokens(encoder, collate, int(lengths.lengths.max())),
+            **self._shared_data(encoder, collate),
         )
 
-    def _streamed_data(self, stream: SampleStream, rows: RowEncoder, collate: Collator) -> TrainingData:
+    def _streamed_data(self, stream: SampleStream, encoder: SampleEncoder, collate: Collator) -> TrainingData:
         micro_batch = self._arguments.per_device_train_batch_size
         order = StreamOrder(stream, total=self._total)
-        samples = StreamedDataset(rows.dataset, length=len(order))
+        samples = StreamedDataset(encoder.dataset, length=len(order))
         return TrainingData(
             train=samples,
             pools=partial(_largest_first_rows, samples, stream.sources, micro_batch),
@@ -456,14 +319,14 @@ class RunSamples:
             stream=order,
             set_epoch=(order.set_epoch,),
             samples=len(order),
-            batch_tokens=micro_batch * self._data.max_tokens * self._most_answers(rows, collate),
-            **self._shared_data(rows, collate),
+            batch_tokens=micro_batch * self._data.max_tokens * encoder.answers,
+            **self._shared_data(encoder, collate),
         )
 
-    def _shared_data(self, rows: RowEncoder, collate: Collator) -> dict[str, Any]:
+    def _shared_data(self, encoder: SampleEncoder, collate: Collator) -> dict[str, Any]:
         """Returns what the Trainer takes of a stream and of rows on disk alike."""
-        held_out = None if self.held_out is None else rows.dataset(self.held_out, self.held_out.stored)
-        return {"validation": held_out, "collate": collate, "source": self._name}
+        held_out = None if self.held_out is None else encoder.dataset(self.held_out, self.held_out.stored)
+        return {"validation": held_out, "collate": collate, "source": self.name}
 
     def _sampler(self, lengths: SamplingLengths, *, trees: bool, replay: Replay | None) -> SeededSampler | None:
         """Makes the sampler that orders an epoch; None leaves the order to the Trainer."""
@@ -491,25 +354,12 @@ class RunSamples:
             )
         return ordered(lengths) if grouped else None
 
-    def _sample_tokens(self, rows: RowEncoder, collate: Collator, longest: int) -> int:
+    def _sample_tokens(self, encoder: SampleEncoder, collate: Collator, longest: int) -> int:
         """Returns the tokens of the longest sample, all its answers counted; `longest` holds each of them once."""
-        answers = self._most_answers(rows, collate)
-        prompts = 1 + (rows.exchange is not None) + collate.unmatched if collate.packing == "trees" else answers
-        most = self._data.max_tokens * answers
+        most = self._data.max_tokens * encoder.answers
+        prompts = encoder.prompts if collate.packing == "trees" else encoder.answers
         # Without media `longest` counts words, which miss a prompt's own tokens.
-        return min(most, longest * prompts) if rows.folder is not None else most
-
-    def _most_answers(self, rows: RowEncoder, collate: Collator) -> int:
-        """Returns how many answers of a sample a batch holds at most."""
-        counts = [len(row.rejected) for row in self._streamed]
-        rejected = max([*counts, *(table.most_rejected for table in self._tables)])
-        return 1 + rejected + (rows.exchange is not None) + collate.unmatched if rows.compares else 1
-
-
-def _none_to_exchange(images: Iterable[Sequence[str]]) -> bool:
-    """Tells whether no two samples show the same number of different pictures."""
-    counts = Counter(len(names) for names in {*map(tuple, images)})
-    return set(counts.values()) == {1}
+        return min(most, longest * prompts) if encoder.folder is not None else most
 
 
 def _first_indices(images: Sequence[Sequence[str]]) -> list[int]:
@@ -612,46 +462,3 @@ def samples_of_a_run(stream: SampleStream, data: DataConfig, arguments: Training
             "training.max_steps", f" is needed: data.streaming cannot count samples; a step takes {together}"
         )
     return max(0, arguments.max_steps) * together
-
-
-def stored_outputs(
-    config: RunConfig,
-    backbone: DecoderBackbone,
-    reader: PictureReader,
-    pictures: Iterable[Sequence[str]],
-    arguments: TrainingArguments,
-) -> tuple[OutputStore, Sample]:
-    """Returns the frozen vision parts' outputs for pictures, computing missing ones first, and for a dummy sample.
-
-    Every rank must call it: they share the computing.
-    """
-    model = backbone.model
-    cache = Path(config.data.feature_cache or run_folder_of(config.training) / "features")
-    language: list[Any] = [decoder_of(model), head_of(model)]
-    unused = {id(weight) for part in language for weight in part.parameters()}
-    unused -= {id(weight) for weight in model.get_input_embeddings().parameters()}
-    used = [weight for weight in model.parameters() if id(weight) not in unused]
-    device, half = arguments.device, torch.bfloat16 if arguments.bf16 else torch.float16
-    autocast = (arguments.bf16 or arguments.fp16) and not arguments.deepspeed  # as the Trainer's steps
-    # ZeRO-3 has sharded the weights already and its hooks come only with the engine: make them whole meanwhile.
-    with gather_to_read(used), torch.autocast(device.type, half, enabled=bool(autocast)):
-        for tensor in (*used, *model.buffers()):
-            tensor.data = tensor.data.to(device)
-        try:
-            parts = find_verified_parts(model, reader.encoder)
-        except NotStorable as error:
-            raise SettingError("data.cache_features", f": {config.model.base}: {error}; set it false") from error
-        backbone.frozen_parts = parts
-        store = OutputStore(cache, model, parts, {**reader.settings(), "autocast": str(half) if autocast else None})
-        missing = store.missing(reader, pictures)
-        wait_for_everyone()  # each must see the same missing, before one adds some
-        # On a CPU one by one: it gains little, and the bits would depend on what a stopped run had left.
-        together = 16 if device.type == "cuda" else 1
-        store.fill(
-            model, parts, reader, missing, part=rank_and_ranks(), workers=config.data.workers, batch_size=together
-        )
-        dummy = reader.encoder.dummy()
-        dummy = with_stored_outputs(dummy, parts.outputs_of(model, inputs_of(model, dummy)))
-    wait_for_everyone()
-    store.refresh()
-    return store, dummy

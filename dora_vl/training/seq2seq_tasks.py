@@ -42,7 +42,7 @@ from dora_vl.files import read_json, write_json
 from dora_vl.heads.answer import answer_loss
 from dora_vl.run.settings import RunConfig
 from dora_vl.shapes import Float, Int
-from dora_vl.training.losses import LossModel
+from dora_vl.training.ways.losses import LossModel
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dora_vl.training.train_command import pipeline_of
 
 if TYPE_CHECKING:
-    from dora_vl.backbones.base import Backbone
-    from dora_vl.report.batch import BatchView
+    from dora_vl.report.batch import BatchView, TokenText
     from dora_vl.run.settings import RunConfig
     from dora_vl.training.pipeline import Pipeline
 
@@ -62,12 +61,12 @@ def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
 
 
 class FirstBatch(NamedTuple):
-    """The micro-batch that a process sees first, its samples' ids, an epoch's samples, a backbone without weights."""
+    """The micro-batch that a process sees first, its samples' ids, an epoch's samples, and what reads its tokens."""
 
     batch: dict[str, Any]
     names: list[str]
     epoch_samples: int
-    backbone: Backbone[Any]
+    reading: TokenText
 
 
 def first_batch(pipeline: Pipeline) -> BatchView:
@@ -75,7 +74,7 @@ def first_batch(pipeline: Pipeline) -> BatchView:
     from dora_vl.report.batch import batch_view
 
     first = read_first_batch(pipeline)
-    return batch_view(first.batch, first.names, pipeline.reading(first.backbone), shifted=pipeline.labels_shift)
+    return batch_view(first.batch, first.names, first.reading, shifted=pipeline.labels_shift)
 
 
 def read_first_batch(pipeline: Pipeline) -> FirstBatch:
@@ -104,4 +103,4 @@ def read_first_batch(pipeline: Pipeline) -> FirstBatch:
     items, batch = batches[0]  # a loader reads a batch ahead
     samples = getattr(items[0], "items", items)  # a mixture's item is a whole micro-batch
     names = [sample.id for sample in samples if not isinstance(sample, Skipped)]
-    return FirstBatch(batch, names, data.samples, backbone)
+    return FirstBatch(batch, names, data.samples, pipeline.reading(backbone, arguments))

@@ -95,7 +95,7 @@ class AdapterTrainer(OrderedTrainer):
         self._settings, self._saved_step = settings_of(config), None
         self._adapted, self._writes = backbone.model, arguments.process_index == 0
         attention = {"attn_implementation": attention_of(backbone.model)}
-        self.base, self.recipe = config.model.base, {**pipeline.recipe(), **attention} if self._writes else {}
+        self.base, self.recipe = config.model.base, {**pipeline.recipe(arguments), **attention} if self._writes else {}
 
         parts = trained_parts(backbone.model)
         self.rates = rates_of(config.optim, arguments.learning_rate, parts)

@@ -193,15 +193,15 @@ class VlBartPipeline(Pipeline):
             source=str(data.held_out or evaluation.tested),
         )
 
-    def reading(self, backbone: Backbone[Any]) -> TokenText:
+    def reading(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TokenText:
         """Reads BART's tokens; pictures have no place among them."""
         return TokenText(self.encoder.tokenizer, frozenset())
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self, arguments: TrainingArguments) -> dict[str, Any]:
         """Adds the tasks and their settings."""
         data = self.config.data
         return {
-            **super().recipe(),
+            **super().recipe(arguments),
             "tasks": list(data.files_by_task),
             "feature_tokens": data.feature_tokens,
             "features": {name: read_settings(Path(folder)) for name, folder in data.features.items()},

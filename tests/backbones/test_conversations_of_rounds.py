@@ -30,7 +30,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample
 from dora_vl.run.base import VideoReading
-from dora_vl.training.run_samples import RowEncoder
+from dora_vl.training.sample_encoder import SampleEncoder
 from tests.backbones.image_text_conversations import BLUE, RED, messages_of
 from tests.backbones.test_chat_templates import CHAT
 from tests.backbones.tiny_families.table import FAMILIES
@@ -312,7 +312,7 @@ def test_stored_outputs_serve_every_round_that_shows_all_pictures(tmp_path: Path
         picture.save(tmp_path / f"{number}.png")
     encoder = encoder_with("qwen3_vl_thinking", True)
     videos = VideoReading(folder=tmp_path, sampling=Uniform(1))
-    rows = RowEncoder(encoder=encoder, folder=MediaFolder(tmp_path), videos=videos, outputs=cast(Any, Store()))
+    rows = SampleEncoder(encoder=encoder, folder=MediaFolder(tmp_path), videos=videos, outputs=cast(Any, Store()))
     turns = talk_of(3, (True,) * 3, (0,))
     encoded = rows.encode(Example("conversation", ("0.png",), turns), {})
     assert [(row.media, len(row.stored)) for row in rows_of(encoded)] == [(("0.png",), 1)] * 3

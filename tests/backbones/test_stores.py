@@ -30,7 +30,7 @@ from dora_vl.data.samples import Sample
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
 from dora_vl.run.base import VideoReading
-from dora_vl.training.run_samples import RowEncoder
+from dora_vl.training.sample_encoder import SampleEncoder
 from tests.backbones.image_text_conversations import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
 
@@ -227,7 +227,7 @@ def samples_of(encoder: Encoder, root: Path, family: str, outputs: OutputStore |
         if conversation in talks_of(family):
             turns, pictures = TALKS[conversation]
             videos = VideoReading(folder=root, sampling=Uniform(1))
-            rows = RowEncoder(encoder=encoder, folder=MediaFolder(root), videos=videos, outputs=outputs)
+            rows = SampleEncoder(encoder=encoder, folder=MediaFolder(root), videos=videos, outputs=outputs)
             row = Example(conversation, tuple(NAMES[id(picture)] for picture in pictures), turns)
             encoded = rows.encode(row, StoredPictures(()))
             samples.append(Sample(encoded.input_ids, encoded.labels, id=conversation, inputs=encoded.inputs))

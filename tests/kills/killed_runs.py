@@ -31,7 +31,7 @@ from dora_vl.files import PREVIOUS, UNFINISHED
 from dora_vl.run.folder import is_finished_run, read_log
 from dora_vl.run.launch import log_to_stderr
 from dora_vl.run.settings_parser import read_run
-from dora_vl.training import replay
+from dora_vl.training.extras import replay
 from dora_vl.training.run import run
 from dora_vl.training.train_command import pipeline_of
 from tests.training.launched import free_port

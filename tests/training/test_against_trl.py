@@ -23,7 +23,8 @@ from dora_vl.backbones.model import language_targets, open_backbone, projector_p
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.heads.objectives import OBJECTIVES
 from dora_vl.heads.preferences import Answers, Hyperparameters
-from dora_vl.training.losses import PreferenceLoss, Reference
+from dora_vl.training.ways.losses import Reference
+from dora_vl.training.ways.preferences import PreferenceLoss
 from tests.backbones.image_text_conversations import inputs_of
 from tests.training.test_preference_loss import EXAMPLES, PICTURES, disturb, items
 from tests.training.tiny_run import write_tiny_llava

@@ -24,9 +24,10 @@ from dora_vl.data.video import Uniform
 from dora_vl.heads.preferences import Hyperparameters
 from dora_vl.run.base import VideoReading
 from dora_vl.run.folder import DRAWN, read_log
-from dora_vl.training.losses import PreferenceLoss, Reference
 from dora_vl.training.run import run
-from dora_vl.training.run_samples import RowEncoder
+from dora_vl.training.sample_encoder import AnswersEncoder
+from dora_vl.training.ways.losses import Reference
+from dora_vl.training.ways.preferences import PreferenceLoss
 from tests.backbones.image_text_conversations import inputs_of
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch
@@ -164,11 +165,10 @@ def sample_of(dataset: ConversationDataset, index: int) -> Sample:
 
 def samples(base: Path, path: Path, seed: int | None = 3, *, encoder: Encoder | None = None) -> ConversationDataset:
     folder = MediaFolder(path.parent)
-    rows = RowEncoder(
+    rows = AnswersEncoder(
         encoder=encoder or open_encoder(str(base), max_tokens=256),
         folder=folder,
         videos=VideoReading(folder=folder, sampling=Uniform(1)),
-        compares=True,
         exchange=seed,
     )
     table = load_rows(str(path))

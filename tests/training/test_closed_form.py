@@ -16,8 +16,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from dora_vl.backbones.tower_sources import has_new_projector
 from dora_vl.errors import SettingError
 from dora_vl.run.folder import PROJECTOR_START
-from dora_vl.training import closed_form
-from dora_vl.training.closed_form import Ridge, Round, probe, projector_start
+from dora_vl.training.extras import closed_form
+from dora_vl.training.extras.closed_form import Ridge, Round, probe, projector_start
 from tests.training.launched import launch
 from tests.training.tiny_run import (
     assert_same_weights,

@@ -28,9 +28,9 @@ from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training import estimate, largest_batch
 from dora_vl.training.estimate import SHAPES, PlannedRun, Samples, Traffic, plan_run, traffic_of
 from dora_vl.training.largest_batch import try_step
-from dora_vl.training.losses import NextTokenLoss
 from dora_vl.training.memory import ShardingLayout, activations_of, engine_of, held_by
 from dora_vl.training.run import train
+from dora_vl.training.ways.supervised import NextTokenLoss
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch
 from tests.training.tiny_run import (

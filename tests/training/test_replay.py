@@ -18,8 +18,8 @@ from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import EncoderPrompts
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import ModelConfig
-from dora_vl.training import replay
-from dora_vl.training.replay import ChatWriter, tokens_in_labels
+from dora_vl.training.extras import replay
+from dora_vl.training.extras.replay import ChatWriter, tokens_in_labels
 from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
 from tests.training.launched import launch
 from tests.training.tiny_run import MakeRun, check_resume, decoder_run, losses_of, refused_key, trained, write_chats

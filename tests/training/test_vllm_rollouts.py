@@ -29,8 +29,8 @@ from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.pictures import open_image
 from dora_vl.errors import SettingError
 from dora_vl.run.folder import DRAWN, read_log
-from dora_vl.training import vllm_rollouts
-from dora_vl.training.vllm_rollouts import LOAD, VllmAnswers, VllmServer, as_png
+from dora_vl.training.extras import vllm as vllm_rollouts
+from dora_vl.training.extras.vllm import LOAD, VllmAnswers, VllmServer, as_png
 from tests.serving.test_vllm import NO_VLLM, PYTHON
 from tests.training.launched import free_port
 from tests.training.tiny_run import logged, refused_key, trained, write_run, write_tiny_data, write_tiny_llava

@@ -26,6 +26,7 @@ from dora_vl.run.settings_parser import read_run_file
 from dora_vl.run.watched_questions import read_watched
 from dora_vl.training.callbacks import RunProgress, WatchQuestions, read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.opened import encoder_of
 from tests.training.launched import launch
 from tests.training.tiny_run import (
     MakeRun,
@@ -68,7 +69,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter_and_no_loss_changes(run
     config = read_run_file(run_file)
     pipeline = DecoderPipeline(config)
     backbone, _ = with_adapter(pipeline.load(), folder / "adapter")
-    assistant = Assistant(backbone, EncoderPrompts(pipeline.encoder))
+    assistant = Assistant(backbone, EncoderPrompts(encoder_of(config, thinking=None)))
     by_id = {row.id: row for row in read_questions(Path(str(config.data.train)))[0]}
     for entry in watched.questions:
         question = by_id[entry.id]

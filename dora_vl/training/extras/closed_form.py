@@ -15,13 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader
+from dora_vl.backbones.model import DecoderBackbone
+from dora_vl.backbones.tower_sources import has_new_projector
 from dora_vl.data.example import Example, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
-from dora_vl.errors import BadSample
-from dora_vl.evaluation.baselines import LEAST_ASKED
+from dora_vl.errors import BadSample, SettingError
+from dora_vl.evaluation.baselines import LEAST_ASKED, right_text
+from dora_vl.evaluation.questions import text_asked
+from dora_vl.evaluation.test import check_test
+from dora_vl.run.folder import PROJECTOR_START, run_folder_of
 from dora_vl.run.launch import gather_from_ranks, on_first_rank
+from dora_vl.run.settings import RunConfig
 from dora_vl.run.sharding import gather_to_read, gather_to_write
 from dora_vl.shapes import Float
+from dora_vl.training.opened import Opened, stored_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,3 +226,49 @@ def probe(train: Sequence[Round], test: Sequence[Round], seen: Seen) -> list[str
             for number, index in zip(numbers, picked.tolist(), strict=True):
                 read[number] = answers[index]
     return read
+
+
+def form_of(config: RunConfig, backbone: DecoderBackbone | None = None) -> Form | None:
+    """Returns the form that a run's projector starts in, None where it has no such start; one that is set is refused.
+
+    Before the model is there, it tells by the settings and the base's folder alone.
+    """
+    trouble = None
+    form, base = config.adapter.projector_start, Path(config.model.base)
+    if form == "random" or config.task != "llava":
+        return None
+    if not config.data.cache_features:
+        trouble = "is computed from stored outputs; set data.cache_features: true"
+    elif config.adapter.initial is not None:
+        trouble = "and adapter.initial both say where the projector begins; leave one out"
+    elif not has_new_projector(base):
+        trouble = f"is for a new projector, and {base} has one that was trained, or composed elsewhere; leave it out"
+    elif backbone is not None:
+        llava: Any = backbone.model.base_model
+        whole = all(weight.requires_grad for weight in llava.multi_modal_projector.parameters())
+        if not whole or any(weight.requires_grad for weight in llava.vision_tower.parameters()):
+            trouble = "needs a projector that trains whole, and a tower that does not; leave it out"
+    if trouble is not None and form is not None:
+        raise SettingError("adapter.projector_start", f" {trouble}")
+    return None if trouble is not None else form or "answers"
+
+
+def start_in(form: Form | None, opened: Opened, backbone: DecoderBackbone, outputs: OutputStore) -> None:
+    """Starts a run's projector in a form, from the stored outputs of its pictures; every rank must call it."""
+    if form is None:
+        return
+    rounds = [*rounds_of(opened.samples.evenly_spread(MOST_SAMPLES))]
+    seen = projector_inputs(backbone.config, outputs, opened.reader, [names for names, _, _ in rounds])
+    file = run_folder_of(opened.config.training) / PROJECTOR_START
+    start_projector(backbone.model.base_model, opened.encoder.tokenizer, rounds, seen, form, file)
+
+
+def readable(opened: Opened, backbone: DecoderBackbone) -> dict[str, str]:
+    """Returns by id the answers to the test's questions that a linear map of the base's pictures gives."""
+    test = [example for example in check_test(opened.config) if example.images]
+    questions = [(example.images, text_asked(example), right_text(example)) for example in test]
+    rounds = [*rounds_of(opened.samples.evenly_spread(MOST_SAMPLES))]
+    pictures = [names for names, _, _ in (*rounds, *questions)]
+    outputs, _ = stored_outputs(opened, backbone, pictures)
+    read = probe(rounds, questions, projector_inputs(backbone.config, outputs, opened.reader, pictures))
+    return {example.id: answer for example, answer in zip(test, read, strict=True) if answer is not None}

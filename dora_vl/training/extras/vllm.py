@@ -26,6 +26,7 @@ from dora_vl.adapters.folder import save_adapter
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import PictureReader
+from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.target_presets import resolved_layers
 from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.core import adapted_layers, trained_parts
@@ -33,7 +34,9 @@ from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample, sample_random
 from dora_vl.errors import SettingError, UserError, one_line, short_names
 from dora_vl.run.launch import gather_from_ranks, on_first_rank
-from dora_vl.training.rollouts import DrawnAnswer, Group, prompt_of
+from dora_vl.run.settings import RunConfig
+from dora_vl.training.opened import Opened
+from dora_vl.training.ways.rollouts import DrawnAnswer, Group, prompt_of
 
 SETTING = "objective.vllm"
 AS_WRITTEN = (
@@ -117,6 +120,12 @@ class VllmServer:
         return SettingError(SETTING, f": {self.url}{path}: {problem}; is a proxy between, or another server?")
 
 
+def server_of(config: RunConfig) -> VllmServer:
+    """Returns the server of a run's `objective.vllm`."""
+    start = start_command(config.model.base, config.adapter.rank)
+    return VllmServer(str(config.objective.vllm), start, config.objective.vllm_timeout)
+
+
 def sent(url: str, body: Mapping[str, Any] | None, timeout: float) -> tuple[int, str]:
     """Returns the status and the text of a server's answer, an error's too.
 
@@ -166,6 +175,26 @@ class VllmAnswers:
     max_new_tokens: int
     never: Collection[int]
     names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, opened: Opened, backbone: Backbone[Any], never: Collection[int]) -> VllmAnswers:
+        """Draws for a run by the server of `objective.vllm`."""
+        config, encoder, preparation = opened.config, opened.encoder, None
+        if encoder.sees_pictures and isinstance(encoder.processor, PieceProcessor):
+            preparation = ImagePreparation.from_folder(
+                config.model.base, aspect=config.model.image_aspect, revision=config.model.revision
+            )
+        return cls(
+            server=server_of(config),
+            backbone=backbone,
+            encoder=encoder,
+            example_of=opened.samples.example_of,
+            reader=opened.reader if encoder.sees_pictures else None,
+            preparation=preparation,
+            base=config.model.base,
+            max_new_tokens=config.objective.max_new_tokens,
+            never=never,
+        )
 
     def update_weights(self) -> None:
         """Sends the adapter as it is now."""

@@ -1,0 +1,1 @@
+"""What a run may add to its way of training."""

@@ -1,0 +1,1 @@
+"""Ways in which a decoder learns: from answers, from comparing them, or from rewards for its own."""
