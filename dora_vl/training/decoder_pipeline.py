@@ -32,7 +32,6 @@ from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import ComparisonAnswers
 from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetting_lines, try_measure
-from dora_vl.evaluation.open_model import adapter_recipe
 from dora_vl.evaluation.predictor import Decoding
 from dora_vl.evaluation.questions import last_round
 from dora_vl.evaluation.test import (
@@ -59,13 +58,13 @@ from dora_vl.run.base import (
     make_base,
     video_folder,
 )
-from dora_vl.run.folder import ADAPTER, REPLAY, run_folder_of
+from dora_vl.run.folder import REPLAY, run_folder_of
 from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import RunConfig, foreign_fields
 from dora_vl.run.watched_questions import Watch, evenly
 from dora_vl.training.extras.closed_form import form_of, start_in
 from dora_vl.training.extras.replay import check_base_writes, check_replay, copy_chats
-from dora_vl.training.opened import Opened, encoder_of, stored_outputs
+from dora_vl.training.opened import Opened, encoder_of, encoder_of_saved, stored_outputs
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.run_samples import RunSamples
@@ -285,8 +284,7 @@ class DecoderPipeline(Pipeline):
     def test(self, numbers: Mapping[str, Any]) -> None:
         """Answers the test's file, or every set of `evaluation.files`, with the saved adapter."""
         config, evaluation = self.config, self.config.evaluation
-        folder = run_folder_of(config.training)
-        encoder = encoder_of(config, thinking=adapter_recipe(folder / ADAPTER).get("thinking"))
+        folder, encoder = run_folder_of(config.training), encoder_of_saved(config)
         assistant, lost, untrained = self._tested(encoder)
         numbers = {**numbers, **lost}
         if not evaluation.files:

@@ -23,8 +23,9 @@ from dora_vl.backbones.frozen_outputs import (
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.data.samples import Sample
 from dora_vl.errors import SettingError
+from dora_vl.evaluation.open_model import adapter_recipe
 from dora_vl.run.base import VideoReading, image_folder, video_folder, video_sampling
-from dora_vl.run.folder import run_folder_of
+from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
 from dora_vl.run.settings import RunConfig
 from dora_vl.run.sharding import gather_to_read
@@ -74,6 +75,11 @@ def encoder_of(config: RunConfig, *, thinking: bool | None) -> Encoder:
         revision=model.revision,
         thinking=thinking,
     )
+
+
+def encoder_of_saved(config: RunConfig) -> Encoder:
+    """Opens what asks a run's saved adapter, with the switch that it was trained with."""
+    return encoder_of(config, thinking=adapter_recipe(run_folder_of(config.training) / ADAPTER).get("thinking"))
 
 
 def stored_outputs(

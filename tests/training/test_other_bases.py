@@ -23,6 +23,7 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, find_source, open_model, prompts_of
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.run.settings_parser import read_run_file
+from dora_vl.training.opened import encoder_of_saved
 from tasks import llava_instruct
 from tests.backbones.test_chat_templates import CHAT
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
@@ -176,7 +177,7 @@ def test_they_train_and_resume_with_the_same_loss_in_any_rows(tmp_path: Path, fa
     recipe = json_of(folder / "adapter" / "recipe.json")
     assert recipe["thinking"] is (None if sees else thoughts)
     prompts = prompts_of(find_source(ModelRequest(adapter=folder / "adapter"))).encoder.prompts
-    tested = decoder_run(run_file, f"--training.output_dir={folder}", "--test_only=true").encoder.prompts
+    tested = encoder_of_saved(decoder_run(run_file, f"--training.output_dir={folder}").config).prompts
     assert prompts.thinking is tested.thinking is recipe["thinking"]
 
 
