@@ -29,7 +29,7 @@ COMPARISONS: Mapping[str, tuple[str, str]] = {
 """Maps other answers to what `metrics.json` calls the model's own score, and to the line to print."""
 ASKED_AGAIN = tuple(COMPARISONS)
 """Sets whose names end with these are in `predictions.jsonl` only for a comparison."""
-ADVICE_SHARE = 0.1
+ADVICE_SHARE = 0.05
 """Settings to try are named if this share of the questions is readable but not learned."""
 CHANGED_SHARE = 0.1
 """Answers depend on the pictures if at least this share changes with them."""
@@ -37,6 +37,8 @@ RISEN = 1.1
 """A validation loss that ends at more than this multiple of its lowest has risen."""
 CHOSEN, UNLIKELY = "log_probs/chosen", -2.0
 """This field of a log line is the log-probability of chosen answers; below this they are said once in seven times."""
+BY_HEART = 0.05
+"""A training loss below this, in nats per token, gives each token of the training answers 95 % or more."""
 DESCRIPTIONS = {
     COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
     "all other questions together one; no model",
@@ -98,10 +100,9 @@ def compare_with_baselines(
     difference = part["difference"]
     # It may well be chance. Where no answer is right, the difference says nothing.
     if difference is not None and difference["low"] <= 0 <= difference["high"] and part["with_their_own"] > 0:
-        few = changed < CHANGED_SHARE * part["n"]
-        beginning = (
-            "do not seem to depend on the pictures" if few else "change with the pictures, but not for the better"
-        )
+        beginning = "change with the pictures, but not for the better"
+        if changed < CHANGED_SHARE * part["n"]:
+            beginning = "do not seem to depend on the pictures"
         entry[WARNING] = (
             f"the answers {beginning}: over {part['n']} questions, of which {changed} get another answer, {metric} "
             f"with their own pictures minus {metric} with exchanged ones is {difference['value']:+.2f} (95 % interval "
@@ -112,12 +113,8 @@ def compare_with_baselines(
     return entry, lines
 
 
-FEW_MEASURED = 20
-"""The loss of fewer validation samples does not tell which step is best."""
-
-
 def advice(entry: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, score: float) -> str | None:
-    """Names settings to try after a training that left much to be learned; None after others.
+    """Says what limits a training that left much to be learned, and what to try; None after others.
 
     Args:
         entry: the baselines that `score` was compared with.
@@ -137,16 +134,20 @@ def advice(entry: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, score:
     if not is_missed:
         return None
     beginning, rates = "the base's picture features hold more than was learned", "optim.projector_learning_rate"
+    # Losses of preferences and rewards, beside which rewards are logged, may be low with nothing learned.
+    of_words = [line["loss"] for line in log if "loss" in line and not any(key.startswith("rewards/") for key in line)]
+    last = of_words[-(len(of_words) // 10 + 1) :]
+    if last and (loss := sum(last) / len(last)) < BY_HEART:
+        return (
+            f"{beginning}, and the training rows are known by heart (loss {loss:.2g} at the end): add rows about other "
+            "pictures (more epochs show it nothing new)"
+        )
     step, lowest = min(losses, key=lambda measured: measured[1], default=(0, 0.0))
     if losses and losses[-1][1] > RISEN * lowest:
-        measured = next(line.get("eval_samples", FEW_MEASURED) for line in log if "eval_loss" in line)
-        few = f"; {measured} samples choose a step by chance, so raise data.validation_share" * (
-            measured < FEW_MEASURED
-        )
         return (
             f"{beginning}, and the validation loss was lowest at step {step} ({lowest:.3g}; at the end "
             f"{losses[-1][1]:.3g}): training.load_best_model_at_end: true keeps that step, optim.early_stopping: 2 "
-            f"stops soon after it. Try a lower training.learning_rate or {rates}{few}"
+            f"stops soon after it. Try a lower training.learning_rate or {rates}"
         )
     return (
         f"{beginning}: try more epochs (training.num_train_epochs), another rate (training.learning_rate, {rates}), a "
@@ -165,11 +166,10 @@ def compare_with(
         for texts in (answers, other.answers)
     )
     metric = next(iter(own.metrics))
-    difference = paired_differences(own, others).get(metric)
     baseline, text = _baseline(others, metric)
     key, line = COMPARISONS[name]
-    found = None if difference is None else asdict(difference)
-    entry = {**baseline, key: own.metrics[metric], "difference": found, "how": DESCRIPTIONS[name]}
+    apart = paired_differences(own, others).get(metric)
+    entry = {**baseline, key: own.metrics[metric], "difference": apart and asdict(apart), "how": DESCRIPTIONS[name]}
     return entry, f"{line.format(text)} {own.metrics[metric]:.2f}"
 
 

@@ -111,17 +111,15 @@ def test_the_warning_counts_the_answers_that_change() -> None:
             "optim.early_stopping",
             "num_train_epochs",
         ),
-        (
-            [{"step": step, "eval_loss": loss, "eval_samples": 7} for step, loss in ((45, 0.04), (90, 0.17))],
-            "7 samples choose a step by chance",
-            "num_train_epochs",
-        ),
-        (
-            [{"step": step, "eval_loss": loss, "eval_samples": 40} for step, loss in ((45, 0.04), (90, 0.17))],
-            "load_best_model_at_end",
-            "by chance",
-        ),
         ([{"step": 50, "eval_loss": 0.21}, {"step": 100, "eval_loss": 0.05}], "num_train_epochs", "early_stopping"),
+        ([{"step": step, "loss": 0.5 / step} for step in range(1, 91)], "by heart (loss 0.0059 ", "early_stopping"),
+        ([{"step": step, "loss": 9 / step} for step in range(1, 91)], "num_train_epochs", "by heart"),
+        ([{"step": 9, "loss": 0.001, "rewards/mean": 0.4}], "num_train_epochs", "by heart"),
+        (
+            [{"step": 45, "eval_loss": 0.04}, {"step": 89, "loss": 0.002}, {"step": 90, "eval_loss": 0.17}],
+            "rows about other pictures",
+            "training.learning_rate",
+        ),
         ([], "num_train_epochs", "sft"),
     ],
 )

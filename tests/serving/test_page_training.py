@@ -206,7 +206,7 @@ def test_what_a_test_says_names_no_setting(tmp_path: Path) -> None:
     probe = {"n": 13, "questions": {"how many?": {"n": 13, "readable": 12, "learned": 9}}}
     rising = [{"step": 5, "eval_loss": 0.1}, {"step": 9, "eval_loss": 0.4}]
     unlikely = [{"step": 9, "log_probs/chosen": -80.0}]
-    for log in ([], rising, unlikely):
+    for log in ([], rising, unlikely, [{"step": 9, "loss": 0.01}]):
         text = advice({"readable": probe}, log, score=0.7)
         assert text is not None
         assert not re.search(r"[a-z]+\.[a-z]", without_settings(text)), text
