@@ -292,24 +292,24 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
         if not beginning and key is None:
             return
         rows = _ROWS_IN_AN_OBJECT.match(beginning) if key is None else None
-        file.seek(0)
-        if key is None and _PUBLISHED.match(beginning) and _holds_captions(path, file):
-            yield from enumerate(_coco_captions(path), start=1)
-            return
-        file.seek(0)
-        if key is None and not rows and beginning.startswith(b"{") and _is_of_objects(file):
-            yield from enumerate(({"id": name, **row} for name, row in stream_members(path)), start=1)
-            return
         name = rows[1].decode() if rows else key
+        if key is None and beginning.startswith(b"{"):
+            members = _members(file)
+            lists = [member for member, event in members if event in OPENING]
+            if _PUBLISHED.match(beginning) and _are_captions(path, lists):
+                yield from enumerate(_coco_captions(path), start=1)
+                return
+            if rows and (beside := [other for other in lists if other != name]):
+                remedy = "write the rows that are meant as a list of their own"
+                raise UserError(f"{path}: beside {name!r} there is {short_repr(beside[0])}; {remedy}")
+            if len(members) > 1 and {event for _, event in members} == {"start_map"}:
+                yield from enumerate(({"id": name, **row} for name, row in stream_members(path)), start=1)
+                return
         if name is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
             texts = (numbered for numbered in _lines(path, kind) if numbered[1].strip())
             for number, (line_number, line) in enumerate(texts, start=1):
                 yield number, json_of(line, f"{path}, row {number} (line {line_number})", half_pairs=True)
             return
-        file.seek(0)
-        if rows and (beside := [other for other in _lists_in(path, file) if other != name]):
-            remedy = "write the rows that are meant as a list of their own"
-            raise UserError(f"{path}: beside {name!r} there is {short_repr(beside[0])}; {remedy}")
         file.seek(0)
         chunks, number = _Chunks(file), 0
         prefix = f"{name}.item" if name else "item" if beginning.startswith(b"[") else ""
@@ -317,20 +317,35 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
         for number, value in enumerate(_parsed(path, chunks, values), start=1):
             yield number, value
         if key is not None and not number:
-            file.seek(0)
-            if (lists := _lists_in(path, file)).get(key) != "start_array":
+            members = _members(file)
+            if (key, "start_array") not in members:
+                lists = [member for member, event in members if event in OPENING]
                 raise UserError(f"{path}: there is no list {key!r} in it, only {short_names(lists)}")
 
 
-def _holds_captions(path: Path, file: io.BufferedIOBase) -> bool:
-    """Tells whether a file is one object with COCO's lists; refuses VQAv2's, which are two files."""
+OPENING = ("start_array", "start_map")
+
+
+def _members(file: io.BufferedIOBase) -> list[tuple[str, str]]:
+    """Returns each name in the one object that a file is, with the event of `ijson` that begins its value."""
+    file.seek(0)
+    members: list[tuple[str, str]] = []
+    name = None
     try:
-        lists = _lists_in(path, file)
-    except UserError:  # lines of JSON
-        return False
-    if lists.keys() >= {"images", "annotations"}:
+        for prefix, event, value in ijson.parse(_Chunks(file), use_float=True):
+            if name is not None:
+                members.append((name, event))
+            name = value if not prefix and event == "map_key" else None
+    except (ijson.JSONError, UnicodeDecodeError):  # also of JSON lines
+        return []
+    return members
+
+
+def _are_captions(path: Path, lists: Sequence[str]) -> bool:
+    """Tells whether a file has COCO's lists; refuses VQAv2's, which are in two files."""
+    if {"images", "annotations"} <= {*lists}:
         return True
-    if "info" in lists and not lists.keys().isdisjoint(("questions", "annotations")):
+    if "info" in lists and not {"questions", "annotations"}.isdisjoint(lists):
         remedy = f"`dora-vl prepare vqav2 --from {path.parent} --to records` joins them"
         raise UserError(f"{path}: VQAv2 has its questions and its answers in two files; {remedy}")
     return False
@@ -346,35 +361,12 @@ def _coco_captions(path: Path) -> Iterator[dict[str, object]]:
         yield {"id": annotation.get("id"), "image": image, "caption": annotation["caption"]}
 
 
-def _is_of_objects(file: io.BufferedIOBase) -> bool:
-    """Tells whether a file is one JSON object of several objects and nothing else: rows, each under its id."""
-    members, is_value = 0, False
-    try:
-        for prefix, event, _ in ijson.parse(_Chunks(file), use_float=True):
-            if is_value and event != "start_map":
-                return False
-            is_value = not prefix and event == "map_key"
-            members += is_value
-    except (ijson.JSONError, UnicodeDecodeError):  # also of JSON lines
-        return False
-    return members > 1
-
-
 def _is_json(text: bytes) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _lists_in(path: Path, file: io.BufferedIOBase) -> dict[str, str]:
-    """Maps names of a file's one object that hold lists or objects to the event of `ijson` that begins each."""
-    chunks, names = _Chunks(file), dict[str, str]()
-    for prefix, event, _ in _parsed(path, chunks, ijson.parse(chunks, use_float=True)):
-        if prefix and "." not in prefix and event in ("start_array", "start_map"):
-            names[prefix] = event
-    return names
 
 
 class _Chunks:
