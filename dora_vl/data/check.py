@@ -24,7 +24,8 @@ from dora_vl.data.containers import (
     split_of,
     split_used,
 )
-from dora_vl.data.example import FIELDS, JSON, CountedFromOne, Example
+from dora_vl.data.example import FIELDS, JSON, Example
+from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.formats.records import read_record
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
 from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside

@@ -176,11 +176,6 @@ def lost_content(path: str, value: object, *, unknown: bool = False, has_media: 
         unknown: whether a name that is not one of bookkeeping is enough.
         has_media: whether the sample has pictures or videos, of which this may be a note.
     """
-    if "." not in path and kind_of_column(path) == NOTED:  # as most columns are
-        if isinstance(value, int | float):
-            return None
-        if isinstance(value, str) and value[:1].isalnum() and not holds_media(value):
-            return (path, kind) if (kind := _kind_of_note(path, value)) else None
     try:
         return _loss(path, value, unknown, has_media)
     except RecursionError:
@@ -192,9 +187,8 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
     if is_empty(value):
         return None
     name = path.rpartition(".")[2]
-    kind = (
-        "" if len(name) == 1 and name != path else kind_of_column(name)
-    )  # a single letter names a choice only as a column
+    # A single letter names a choice only as a column.
+    kind = "" if len(name) == 1 and name != path else kind_of_column(name)
     if holds_media(value):
         is_name = has_media and isinstance(value, str) and kind != MEDIUM and name.lower().endswith("name")
         return None if is_name else (path, MEDIUM)
@@ -321,8 +315,5 @@ def nearest_role(name: str) -> str | None:
     """Returns what a column of an unknown name was probably meant to be."""
     name = plain_name(name)
     close = get_close_matches(name, _ROLE_OF_LIKELY_NAME, n=1, cutoff=0.8)
-    return (
-        _ROLE_OF_LIKELY_NAME[close[0]]
-        if close and (kind_of_column(name) != NOTED or name in _ROLE_OF_LIKELY_NAME)
-        else None
-    )
+    is_meant = kind_of_column(name) != NOTED or name in _ROLE_OF_LIKELY_NAME
+    return _ROLE_OF_LIKELY_NAME[close[0]] if close and is_meant else None

@@ -5,12 +5,9 @@ Files are `records/<task>/<split>.jsonl`; a field that an item has not is not wr
 
 from __future__ import annotations
 
-import ast
 import codecs
 import contextlib
 import json
-import re
-import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +19,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from dora_vl.data.text_file import json_lines, json_of, text_of
-from dora_vl.data.turns import Clip, Number, Turn, Unusable
+from dora_vl.data.turns import Clip, Number, Turn
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, short_repr
 from dora_vl.files import whole_file
 
@@ -286,8 +283,6 @@ def _json_object(line: bytes) -> Mapping[str, JSON]:
 
 LETTER = "Answer with the option's letter from the given choices directly."
 """LLaVA says this after the choices of MMBench and SEED."""
-LONGEST_LIST = 100_000
-"""A list written as text is read up to this many characters: Python's reader takes a hundred times as much memory."""
 
 
 def with_letters(choices: Iterable[str]) -> list[str]:
@@ -302,82 +297,3 @@ def right_choice(example: Example) -> int:
         reason = f"extra.correct must be the index, from 0, of one of its {count} choices, got {short_repr(correct)}"
         raise BadSample(example.id, reason)
     return correct
-
-
-def written_in_python(text: str) -> object:
-    """Returns the list or object that a text writes as Python does; None where it writes none."""
-    if text.lstrip()[:1] in ("[", "{") and len(text) <= LONGEST_LIST:
-        with (
-            warnings.catch_warnings(),
-            contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
-        ):
-            warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
-            return ast.literal_eval(text.strip())
-    return None
-
-
-def listed_choices(text: str) -> tuple[str, ...]:
-    """Returns the choices of a column that holds a list as text, in JSON or as Python writes it."""
-    value: object = None
-    if text.lstrip().startswith("[") and len(text) <= LONGEST_LIST:
-        try:
-            value = json_of(text, "choices")
-        except UserError:
-            value = written_in_python(text)
-    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value) or len(value) == 1:
-        raise Unusable(f"its choices must be a list of text, got the text {short_repr(text)}")
-    return tuple(value)
-
-
-class CountedFromOne(UserError):
-    """An answer is the number of its choices, so that its file counts from 1 and other rows mean another choice too.
-
-    Attributes:
-        count: how many choices there are.
-    """
-
-    def __init__(self, count: int) -> None:
-        reason = f"its answer is {count} of {count} choices, and numbers count from 0; if the file counts from 1,"
-        super().__init__(f"{reason} write letters or the choices' texts instead of numbers")
-        self.count = count
-
-    def __reduce__(self) -> tuple[type[CountedFromOne], tuple[int]]:
-        return type(self), (self.count,)
-
-
-def correct_choice(answer: object, choices: Sequence[str], *, by_place: bool) -> int | None:
-    """Returns the index of the right choice; None where the publisher keeps it back.
-
-    A column says it by its text, or where that is taken `by_place` by its number from 0 (AI2D also as text, "1") or its
-    letter (MMMU, "B", also "(B)" or "B."). What is the text of one choice and the letter or number of another, such as
-    "2" among "1", "2" and "3", is refused.
-
-    Raises:
-        CountedFromOne: its number is that of the choices.
-    """
-    if answer is None or (isinstance(answer, str) and not answer.strip()):
-        return None
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer < len(choices):
-            raise Unusable(f"its answer is {answer}, but there are {len(choices)} choices")
-        return answer
-    if not isinstance(answer, str):
-        raise Unusable(f"its answer must be text or a whole number, got {short_repr(answer)}")
-    word = answer.strip()
-    by_text = [index for index, choice in enumerate(choices) if choice.strip() == word]
-    if len(by_text) > 1:
-        raise Unusable(f"its answer {short_repr(answer)} is the text of {len(by_text)} of its choices")
-    letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
-    number = int(word) if re.fullmatch("[0-9]{1,4}", word) else None
-    position = ascii_uppercase.index(letter[1].upper()) if letter else number
-    is_place = position is not None and position < len(choices) and by_place
-    indices = {*by_text, *([position] if is_place else [])}
-    if not indices and by_place and number == len(choices):
-        raise CountedFromOne(len(choices))
-    if not indices:
-        ways = "letter, number from 0 or text" if by_place else "text"
-        raise Unusable(f"its answer {short_repr(answer)} is no {ways} of its {len(choices)} choices")
-    if len(indices) > 1:
-        reason = "is the text of one choice and the letter or number of another; write a letter before each choice"
-        raise Unusable(f"its answer {short_repr(answer)} {reason}")
-    return indices.pop()

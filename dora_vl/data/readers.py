@@ -9,7 +9,8 @@ from dora_vl.data.column_names import KNOWN, Cell, Row, is_empty, plain_name
 from dora_vl.data.column_names import ROLES as COLUMNS
 from dora_vl.data.columns import REPLIES, USUAL, Columns, ColumnsError, lists_replies
 from dora_vl.data.conversation import UnreadKey, read_conversation
-from dora_vl.data.example import CountedFromOne, Example, written_in_python
+from dora_vl.data.example import Example
+from dora_vl.data.formats.choices import CountedFromOne, written_in_python
 from dora_vl.data.formats.questions import distinct_texts
 from dora_vl.data.formats.row_format import Resolved
 from dora_vl.data.turns import Unusable

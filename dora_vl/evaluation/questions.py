@@ -13,7 +13,8 @@ from pathlib import Path
 from dora_vl.data.column_names import plain_name
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import SPLIT_COLUMNS, DataFiles, find_files, split_of, split_taken
-from dora_vl.data.example import MIDDLE_FRAME, Answer, CountedFromOne, Example, named_in
+from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, named_in
+from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dora_vl.data.column_names import Row, is_empty, without_nulls
 from dora_vl.data.example import FIELDS, Example, from_record, turns_of
 from dora_vl.data.formats.answers import with_answers
+from dora_vl.data.formats.choices import written_choices
 from dora_vl.data.formats.conversations import round_of
-from dora_vl.data.formats.questions import written_choices
 from dora_vl.data.formats.row_format import Resolved, RowFormat, Trial
 
 
@@ -34,7 +34,7 @@ def _messages(row: Row) -> Sequence[object]:
     example = read_record(row)
     if example.turns or not example.choices:
         return turns_of(example)
-    correct = example.extra.get("correct", example.answers[0].text if example.answers else None)
+    correct = example.extra.get("correct", example.answers[0].text if example.answers else "")
     return round_of(*written_choices(example.question, example.choices, correct))
 
 

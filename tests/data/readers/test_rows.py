@@ -33,7 +33,8 @@ from hypothesis import strategies as st
 from dora_vl.data.check import DOUBTS, GREETING, FileCheck
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, TrainFile
 from dora_vl.data.containers import find_files, hub_rows
-from dora_vl.data.example import CountedFromOne, Example
+from dora_vl.data.example import Example
+from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.formats.table import FORMATS
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
