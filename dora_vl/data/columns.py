@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import filterfalse
+from itertools import chain, filterfalse
 from shlex import quote
 from typing import Literal
 
@@ -76,13 +76,8 @@ def _fix(verb: str, remedy: str, other: str | None) -> str:
     return ", or ".join(filter(None, (remedy and f"{verb} {remedy}", other)))
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Holds what the names of a row's columns decide: the kept columns, and for each role those that may hold it."""
-
-    format: RowFormat
-    names: Sequence[str]
-    candidates: Mapping[str, Sequence[Candidate]]
+_Shape = tuple[RowFormat, Mapping[str, Sequence[Candidate]]]
+"""A format that a row's column names allow, and for each role the columns that may hold it."""
 
 
 @dataclass(frozen=True)
@@ -121,29 +116,24 @@ class Columns:
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
             self._shapes[names] = list(self._shapes_of(names))
-        fitting = (
-            shape for shape in self._shapes[names] if shape.format.fits(Trial(row, shape.candidates, self.roles))
-        )
-        shape = next(fitting, None)
-        if shape is None:
+        shapes = (shape for shape in self._shapes[names] if shape[0].fits(Trial(row, shape[1], self.roles)))
+        form, candidates = next(shapes, (None, {}))
+        if form is None:
             if strict:
                 self._refuse_nearly_named(row)
             return Resolved(None, row)
         fields: dict[str, object] = {}
         roles: dict[str, str] = {}
-        for role, alternatives in shape.candidates.items():
-            columns = alternatives[0]
-            if len(alternatives) > 1:
-                filled = (names for names in alternatives if any(not is_empty(row[name]) for name in names))
-                columns = next(filled, columns)
-            value = _role_value(_without_nan(row, columns) if role in _OFTEN_EMPTY else row, columns)
-            fields[role] = _parse_list(value, role) if isinstance(value, str) and role in _LISTED else value
+        for role, alternatives in candidates.items():
+            filled = (names for names in alternatives if any(not is_empty(row[name]) for name in names))
+            columns = next(filled, alternatives[0]) if len(alternatives) > 1 else alternatives[0]
+            fields[role] = _role_value(row, columns, role)
             roles |= dict.fromkeys(columns, role)
-        if self.ask and shape.format.may_lack_question and is_empty(fields.get("question")):
+        if self.ask and form.may_lack_question and is_empty(fields.get("question")):
             fields["question"] = self.ask
-        uses = {name: roles.get(name, "") for name in shape.names}
+        uses = {name: roles.get(name, "") for name in names if name not in self.ignored}
         called = {role: self.roles.get(name, plain_name(name)) for name, role in reversed(roles.items())}
-        resolved = Resolved(shape.format, fields, uses, called)
+        resolved = Resolved(form, fields, uses, called)
         if strict and (left := [name for name, role in uses.items() if not role]):
             self._refuse_second(row, left)
             if not is_empty(fields.get("videos")):
@@ -247,7 +237,7 @@ class Columns:
         lacking_question = [form for form, lacks in lacking if self.ask and lacks == ["question"]]
         for form in (*(form for form, lacks in lacking if not lacks), *lacking_question):
             roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
-            yield _Shape(form, used_names, {role: candidates[role] for role in roles if candidates[role]})
+            yield form, {role: candidates[role] for role in roles if candidates[role]}
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """Returns the columns that may hold a role, those together that are taken as one."""
@@ -392,13 +382,9 @@ def _media_role(name: str, value: object) -> str:
 def _texts_in(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    entries: Iterable[object] = ()
-    if isinstance(value, Mapping):
-        entries = value.values()
-    elif isinstance(value, list):
-        entries = value
-    for inner in entries:
-        yield from _texts_in(inner)
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(inner)
 
 
 def _move_to_column(row: Row, path: str, *, keep: bool) -> Row:
@@ -464,24 +450,20 @@ def _parse_list(text: str, role: str) -> object:
     return value
 
 
-def _without_nan(row: Row, columns: Candidate) -> Row:
-    """Returns the row with null for the text "nan" in these columns."""
-    empty = {name: None for name in columns if isinstance(text := row[name], str) and text.strip().lower() == "nan"}
-    return {**row, **empty} if empty else row
-
-
-def _role_value(row: Row, columns: Candidate) -> object:
-    """Returns a column's value; joins several columns in a list, or by their labels, without empty ones."""
+def _role_value(row: Row, columns: Candidate, role: str) -> object:
+    """Returns what the columns hold of a role: of several a list, or an object by their labels, without empty ones."""
+    cells = {name: row[name] for name in columns}
+    if role in _OFTEN_EMPTY:
+        is_nan = {name for name, text in cells.items() if isinstance(text, str) and text.strip().lower() == "nan"}
+        cells |= dict.fromkeys(is_nan)
     (first, label), *others = columns.items()
     if label:
-        return {label: row[name] for name, label in columns.items()}
-    if not others:
-        return row[first]
-    values: list[object] = []
-    for name in columns:
-        value = row[name]
-        values += value if isinstance(value, list) else [value]
-    return [value for value in values if not is_empty(value)]
+        return {label: cells[name] for name, label in columns.items()}
+    if others:
+        lists = (value if isinstance(value, list) else [value] for value in cells.values())
+        return [value for value in chain.from_iterable(lists) if not is_empty(value)]
+    value = cells[first]
+    return _parse_list(value, role) if isinstance(value, str) and role in _LISTED else value
 
 
 def roles_of_columns(uses: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:
