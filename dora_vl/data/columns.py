@@ -39,7 +39,7 @@ from dora_vl.data.column_names import (
     parsed,
     plain_name,
 )
-from dora_vl.data.formats.row_format import Candidate, Resolved, RowFormat, Trial
+from dora_vl.data.formats.row_format import Candidate, Candidates, Resolved, Roles, RowFormat
 from dora_vl.data.formats.table import FORMATS
 from dora_vl.data.pictures import VIDEO_ENDINGS
 from dora_vl.data.turns import CALLS, KWARGS, TOOLS
@@ -76,7 +76,7 @@ def _fix(verb: str, remedy: str, other: str | None) -> str:
     return ", or ".join(filter(None, (remedy and f"{verb} {remedy}", other)))
 
 
-_Shape = tuple[RowFormat, Mapping[str, Sequence[Candidate]]]
+_Shape = tuple[RowFormat, Candidates]
 """A format that a row's column names allow, and for each role the columns that may hold it."""
 
 
@@ -88,7 +88,7 @@ class Columns:
     column: `meta.image` is the key `image` of the object in `meta`, or of those in its list.
     """
 
-    roles: Mapping[str, str] = field(default_factory=dict)
+    roles: Roles = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     ask: str = ""
     _shapes: dict[tuple[str, ...], list[_Shape]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -116,7 +116,7 @@ class Columns:
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
             self._shapes[names] = list(self._shapes_of(names))
-        shapes = (shape for shape in self._shapes[names] if shape[0].fits(Trial(row, shape[1], self.roles)))
+        shapes = (shape for shape in self._shapes[names] if shape[0].fits(row, shape[1], self.roles))
         form, candidates = next(shapes, (None, {}))
         if form is None:
             if strict:

@@ -230,13 +230,7 @@ class _Conversation:
         return "".join(self._part(part, message, f"{what}.", number) for part in content)
 
     def _refuse_unread(
-        self,
-        message: object,
-        fields: Mapping[str, object],
-        read: Collection[str],
-        path: str = "",
-        *,
-        answers: bool = False,
+        self, message: object, fields: Row, read: Collection[str], path: str = "", *, answers: bool = False
     ) -> None:
         """Refuses what a message, or a part of it, holds besides known keys, bookkeeping, and default values."""
         for key, value in fields.items():
@@ -469,9 +463,8 @@ def as_text(value: object, name: str) -> str:
         return value or ""
     if isinstance(value, bool) and name in ANSWERED:
         return as_json(value)
-    if (
-        isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value
-    ):  # NaN: a table's empty cell
+    # NaN is a table's empty cell.
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value:
         inner = f"; data.columns may name a key of it, COLUMN.{next(iter(value))}" if isinstance(value, dict) else ""
         raise Unusable(f"{name!r} must hold text, got {short_repr(value)}{inner}")
     try:

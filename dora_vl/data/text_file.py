@@ -291,39 +291,48 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
         beginning = file.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
         if not beginning and key is None:
             return
-        rows = _ROWS_IN_AN_OBJECT.match(beginning) if key is None else None
-        name = rows[1].decode() if rows else key
         if key is None and beginning.startswith(b"{"):
-            members = _members(file)
-            lists = [member for member, event in members if event in OPENING]
-            if _PUBLISHED.match(beginning) and _are_captions(path, lists):
-                yield from enumerate(_coco_captions(path), start=1)
+            rows, key = _in_an_object(path, file, beginning)
+            if rows:
+                yield from enumerate(rows, start=1)
                 return
-            if rows and (beside := [other for other in lists if other != name]):
-                remedy = "write the rows that are meant as a list of their own"
-                raise UserError(f"{path}: beside {name!r} there is {short_repr(beside[0])}; {remedy}")
-            if len(members) > 1 and {event for _, event in members} == {"start_map"}:
-                yield from enumerate(({"id": name, **row} for name, row in stream_members(path)), start=1)
-                return
-        if name is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
+        if key is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
             texts = (numbered for numbered in _lines(path, kind) if numbered[1].strip())
             for number, (line_number, line) in enumerate(texts, start=1):
                 yield number, json_of(line, f"{path}, row {number} (line {line_number})", half_pairs=True)
             return
         file.seek(0)
         chunks, number = _Chunks(file), 0
-        prefix = f"{name}.item" if name else "item" if beginning.startswith(b"[") else ""
+        prefix = f"{key}.item" if key else "item" if beginning.startswith(b"[") else ""
         values = ijson.items(chunks, prefix, use_float=True, multiple_values=not prefix)
         for number, value in enumerate(_parsed(path, chunks, values), start=1):
             yield number, value
         if key is not None and not number:
             members = _members(file)
             if (key, "start_array") not in members:
-                lists = [member for member, event in members if event in OPENING]
-                raise UserError(f"{path}: there is no list {key!r} in it, only {short_names(lists)}")
+                raise UserError(f"{path}: there is no list {key!r} in it, only {short_names(_lists(members))}")
 
 
-OPENING = ("start_array", "start_map")
+def _in_an_object(
+    path: Path, file: io.BufferedIOBase, beginning: bytes
+) -> tuple[Iterable[dict[str, object]], str | None]:
+    """Returns the captions, or the rows by their ids, that an object holds, else the name of its list of rows."""
+    members = _members(file)
+    lists = _lists(members)
+    if _PUBLISHED.match(beginning) and _are_captions(path, lists):
+        return _coco_captions(path), None
+    rows = _ROWS_IN_AN_OBJECT.match(beginning)
+    key = rows[1].decode() if rows else None
+    if rows and (beside := [other for other in lists if other != key]):
+        remedy = "write the rows that are meant as a list of their own"
+        raise UserError(f"{path}: beside {key!r} there is {short_repr(beside[0])}; {remedy}")
+    if len(members) > 1 and {event for _, event in members} == {"start_map"}:
+        return ({"id": name, **row} for name, row in stream_members(path)), None
+    return (), key
+
+
+def _lists(members: Iterable[tuple[str, str]]) -> list[str]:
+    return [name for name, event in members if event in ("start_array", "start_map")]
 
 
 def _members(file: io.BufferedIOBase) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.formats.conversations import messages_in, prompt_completion
 from dora_vl.data.formats.instructions import instruction_output
 from dora_vl.data.formats.questions import question_answer
-from dora_vl.data.formats.row_format import Resolved, RowFormat, Trial, ends_asking
+from dora_vl.data.formats.row_format import Candidates, Resolved, Roles, RowFormat, ends_asking
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import CALLS, Turn, Unusable, refuse_places
 from dora_vl.errors import EMPTY_ANSWER, short_repr
@@ -103,16 +103,16 @@ def _rejected(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _is_judged(trial: Trial) -> bool:
+def _is_judged(row: Row, candidates: Candidates, roles: Roles) -> bool:
     """Tells whether a cell judges the answer: a label may also be the answer to the last question, or a class."""
-    filled = [name for names in trial.candidates["judged"] for name in names if not is_empty(trial.row[name])]
+    filled = [name for names in candidates["judged"] for name in names if not is_empty(row[name])]
     if not filled:
         return False
     name = filled[0]
-    if "completion" in trial.candidates or "kto_tag" in (plain_name(name), trial.roles.get(name)):
+    if "completion" in candidates or "kto_tag" in (plain_name(name), roles.get(name)):
         return True  # whatever it holds: what is not a flag makes a bad sample, where the answer could be a bad one
     # 1 and 0 do not say which it is.
-    return not ends_asking(trial) and (name in trial.roles or flag_of(trial.row[name], numbers=False) is not None)
+    return not ends_asking(row) and (name in roles or flag_of(row[name], numbers=False) is not None)
 
 
 def _judged(example: Example, resolved: Resolved) -> Example:

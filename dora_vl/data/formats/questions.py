@@ -10,7 +10,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.formats.answers import answer_in, answers_in, with_answers
 from dora_vl.data.formats.choices import choices_in, says, written_choices
 from dora_vl.data.formats.conversations import earlier_rounds, round_of
-from dora_vl.data.formats.row_format import Resolved, RowFormat, Trial
+from dora_vl.data.formats.row_format import Candidates, Resolved, Roles, RowFormat
 from dora_vl.data.turns import Unusable
 from dora_vl.errors import short_names
 
@@ -61,9 +61,9 @@ def _with_captions(example: Example, resolved: Resolved) -> Example:
     return with_answers(example, answers_in(resolved.fields["caption"], "caption"))
 
 
-def _is_caption(trial: Trial) -> bool:
+def _is_caption(row: Row, candidates: Candidates, _: Roles) -> bool:
     """Tells that no caption is a conversation in JSON."""
-    return not any(isinstance(parsed(trial.row[name]), dict) for name in trial.candidates["caption"][0])
+    return not any(isinstance(parsed(row[name]), dict) for name in candidates["caption"][0])
 
 
 QUESTIONS = (

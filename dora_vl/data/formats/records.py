@@ -9,11 +9,10 @@ from dora_vl.data.example import FIELDS, Example, from_record, turns_of
 from dora_vl.data.formats.answers import with_answers
 from dora_vl.data.formats.choices import written_choices
 from dora_vl.data.formats.conversations import round_of
-from dora_vl.data.formats.row_format import Resolved, RowFormat, Trial
+from dora_vl.data.formats.row_format import Resolved, RowFormat
 
 
-def _is_record(trial: Trial) -> bool:
-    row = trial.row
+def _is_record(row: Row, *_: object) -> bool:
     if not {name for name, value in row.items() if value is not None} <= FIELDS:
         return False
     answers = row.get("answers")

@@ -13,15 +13,10 @@ from dora_vl.data.example import Example
 
 Candidate = Mapping[str, str]
 """Maps columns that hold a role together to their labels, "" where there is none."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A row with the columns of a format, the columns that may hold each role, and what `data.columns` says."""
-
-    row: Row
-    candidates: Mapping[str, Sequence[Candidate]]
-    roles: Mapping[str, str]
+Candidates = Mapping[str, Sequence[Candidate]]
+"""Maps each role to the columns of a row that may hold it."""
+Roles = Mapping[str, str]
+"""Maps columns to the roles that `data.columns` gives them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class RowFormat:
         needs: roles, each in a column that is not null.
         messages: reads what the roles hold as messages, each a `Turn` or an object of role and content.
         uses: further roles that it reads, besides `EVERYWHERE`.
-        fits: what else makes a row one of this form.
+        fits: what else makes a row one of this form, by its cells and columns.
         complete: adds what the row says besides its conversation.
         may_lack_question: a row without a question gets `data.ask`.
     """
@@ -56,13 +51,13 @@ class RowFormat:
     needs: tuple[str, ...]
     messages: Callable[[Row], Sequence[object]]
     uses: tuple[str, ...] = ()
-    fits: Callable[[Trial], bool] = lambda trial: True
+    fits: Callable[[Row, Candidates, Roles], bool] = lambda row, candidates, roles: True
     complete: Callable[[Example, Resolved], Example] = lambda example, resolved: example
     may_lack_question: bool = False
 
 
-def ends_asking(trial: Trial) -> bool:
+def ends_asking(row: Row, *_: object) -> bool:
     """Tells whether a row has messages of which the last is a user's."""
-    values = [value for column in trial.row.values() if isinstance(value := parsed(column), list) and value]
+    values = [value for column in row.values() if isinstance(value := parsed(column), list) and value]
     last = [value[-1] for value in values if isinstance(value[-1], Mapping)]
     return any(message.get("role", message.get("from")) in ("user", "human") for message in last)
