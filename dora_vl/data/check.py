@@ -14,7 +14,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from dora_vl.data.columns import ROLES, USUAL, Columns, ColumnsError, plain_name, roles_of_columns
+from dora_vl.data.column_names import ROLES, Row, plain_name
+from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
 from dora_vl.data.containers import (
     ENDINGS,
     counted_splits,
@@ -24,7 +25,7 @@ from dora_vl.data.containers import (
     split_of,
     split_used,
 )
-from dora_vl.data.example import FIELDS, JSON, Example
+from dora_vl.data.example import FIELDS, Example
 from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.formats.records import read_record
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
@@ -139,7 +140,7 @@ class Finding:
         return f"{self.problem}: {self.count:,} samples ({ids}{', ...' if self.count > SHOWN_IDS else ''})"
 
 
-def find_doubts(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
+def find_doubts(row: Row, example: Example, form: str | None, columns: Columns) -> list[str]:
     """Returns what is probably a mistake in a usable row: an empty cell for its picture, question or answer.
 
     An empty cell is one of `DOUBTS` only where other rows of the file have pictures.
@@ -147,7 +148,7 @@ def find_doubts(record: Mapping[str, object], example: Example, form: str | None
     doubts: list[str] = []
     names = {*ROLES["images"], *ROLES["videos"]}
     if not (example.images or example.videos) and any(
-        columns.roles.get(name, plain_name(name)) in names for name in record
+        columns.roles.get(name, plain_name(name)) in names for name in row
     ):
         doubts.append(NO_PICTURE)
     if next((turn.role for turn in example.turns if turn.role != "system"), "user") == "assistant":
@@ -162,7 +163,7 @@ def find_doubts(record: Mapping[str, object], example: Example, form: str | None
 
 
 def question_and_answer(example: Example) -> tuple[str, str, str]:
-    """Returns a row's question, media and answer as texts to compare; a caption has no question."""
+    """Returns an example's question, media and answer as texts to compare; a caption has no question."""
     questions = _texts_of(example, "system", "user", "tool") or [example.question, *example.choices]
     words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
     if example.rejected or example.is_good is not None:
@@ -218,30 +219,30 @@ class FileCheck:
 
     def run(self) -> FileCheck:
         """Reads the whole file."""
-        for record in tqdm(find_files(self.path).rows(), self.path.name, unit=" rows", disable=None, leave=False):
-            self.check(self.read(record))
+        for row in tqdm(find_files(self.path).rows(), self.path.name, unit=" rows", disable=None, leave=False):
+            self.check(self.read(row))
         return self
 
-    def read(self, record: Mapping[str, JSON]) -> Example | BadSample:
+    def read(self, row: Row) -> Example | BadSample:
         """Returns the next row: a conversation, or a record; or why it cannot be one."""
         self.rows += 1
-        self.splits[split_of(record)] += 1
+        self.splits[split_of(row)] += 1
         location = f"row {self.rows}"
-        sample_id = id_of(record, self.rows - 1, self.columns)
+        sample_id = id_of(row, self.rows - 1, self.columns)
         try:
-            has_fields_of_records = record.keys() <= FIELDS
-            resolved = self.columns.resolve(record, strict=not has_fields_of_records)
+            has_fields_of_records = row.keys() <= FIELDS
+            resolved = self.columns.resolve(row, strict=not has_fields_of_records)
             form = None if resolved.format is None else resolved.format.name
             is_record = form in (None, "records") and has_fields_of_records
             if has_fields_of_records and not is_record:
-                resolved = self.columns.resolve(record)
+                resolved = self.columns.resolve(row)
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
             self._note_format("records" if is_record else form, sample_id, location)
-            example = read_record({**record, "id": sample_id}) if is_record else read_fields(resolved, sample_id)
+            example = read_record({**row, "id": sample_id}) if is_record else read_fields(resolved, sample_id)
         except CountedFromOne as error:
-            row = location if sample_id == location else f"{location} ({sample_id})"
-            raise UserError(f"{self.path}, {row}: {error}") from None
+            where = location if sample_id == location else f"{location} ({sample_id})"
+            raise UserError(f"{self.path}, {where}: {error}") from None
         except ColumnsError as error:
             self.remedy = self.remedy or error.options
             return BadSample(sample_id, error.problem.rstrip(";"), LEFT_OUT)
@@ -253,7 +254,7 @@ class FileCheck:
             return BadSample(sample_id, "it has no answer", NO_ANSWER)
         self._has_media |= bool(example.images or example.videos)
         if not is_record:
-            for doubt in find_doubts(record, example, form, self.columns):
+            for doubt in find_doubts(row, example, form, self.columns):
                 self._add(doubt, sample_id)
         return example
 
@@ -265,33 +266,33 @@ class FileCheck:
             firsts = "; ".join(f"{name}: {first}" for name, first in self.formats.items())
             self._add("mixed formats", sample_id, f"the first of each: {firsts}")
 
-    def check(self, row: Example | BadSample) -> bool:
-        """Checks one row; returns whether it can be used, apart from its length and duplicate ids."""
-        sample_id = row.sample_id if isinstance(row, BadSample) else row.id
+    def check(self, example: Example | BadSample) -> bool:
+        """Checks what was read of one row; returns whether it can be used, apart from its length and duplicate ids."""
+        sample_id = example.sample_id if isinstance(example, BadSample) else example.id
         if sample_id in self._ids:
             self._add("duplicate id", sample_id)
         self._ids.add(sample_id)
-        if isinstance(row, BadSample):
-            self._add(row.kind, sample_id, row.reason)
+        if isinstance(example, BadSample):
+            self._add(example.kind, sample_id, example.reason)
             return False
-        self.with_several_answers += len(row.answers) > 1
-        replies = _texts_of(row, "assistant")
-        answers = [answer.text for answer in row.answers]
+        self.with_several_answers += len(example.answers) > 1
+        replies = _texts_of(example, "assistant")
+        answers = [answer.text for answer in example.answers]
         usable = all(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in (*answers, *replies))
         if not usable:
             self._add(EMPTY_ANSWER, sample_id)
-        texts = [*(subtitle.text for subtitle in row.subtitles), row.question, *row.choices]
-        texts += [*_texts_of(row, "system", "user", "tool"), *replies, max(answers, key=len, default="")]
+        texts = [*(subtitle.text for subtitle in example.subtitles), example.question, *example.choices]
+        texts += [*_texts_of(example, "system", "user", "tool"), *replies, max(answers, key=len, default="")]
         self._check_length(sample_id, texts)
-        media = [(name, False) for name in (*row.images, *row.rejected_images)]
-        media += [(clip.path, True) for clip in row.videos]
+        media = [(name, False) for name in (*example.images, *example.rejected_images)]
+        media += [(clip.path, True) for clip in example.videos]
         for name, is_video in media:
             check = (self.videos or self.media) if is_video else self.media
-            trouble = None if check is None else check.trouble(name, row.image_bytes.get(name), is_video)
+            trouble = None if check is None else check.trouble(name, example.image_bytes.get(name), is_video)
             if trouble is not None:
                 usable = False
                 self._add(trouble.kind, sample_id, f"{name}: {trouble.detail}")
-        words, shown_media, answer_text = question_and_answer(row)
+        words, shown_media, answer_text = question_and_answer(example)
         key = hash((words, shown_media))
         if words or shown_media:
             self.samples.setdefault(key, sample_id)

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dora_vl.data.column_names import ROLES, Cell, plain_name, without_nulls
+from dora_vl.data.column_names import ROLES, Cell, Row, plain_name, without_nulls
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import (
     LONGEST_REASON,
@@ -116,9 +116,9 @@ def meaning(name: str) -> str | None:
 SPLIT_COLUMNS = ("split", "data_split", "dataset_split", "set_name", "partition")
 
 
-def split_of(record: Mapping[str, object]) -> str | None:
+def split_of(row: Row) -> str | None:
     """Returns `train`, `validation` or `test` where a row's own column says it in one of `WORDS`."""
-    texts = (str(value).strip().lower() for name, value in record.items() if plain_name(name) in SPLIT_COLUMNS)
+    texts = (str(value).strip().lower() for name, value in row.items() if plain_name(name) in SPLIT_COLUMNS)
     return next((split for text in texts for split, words in WORDS.items() if text in words), None)
 
 

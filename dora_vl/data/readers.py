@@ -118,28 +118,28 @@ class RowReader:
         self._columns = columns
         self._first = ""
 
-    def read(self, record: Row, number: int) -> Example | BadSample:
+    def read(self, row: Row, number: int) -> Example | BadSample:
         """Returns the row `number`, from 0, of what the container gives; or why it cannot be a sample."""
-        sample_id = id_of(record, number, self._columns)
-        row = f"row {number + 1}"
-        row += "" if sample_id == row else f" ({sample_id})"
+        sample_id = id_of(row, number, self._columns)
+        where = f"row {number + 1}"
+        where += "" if sample_id == where else f" ({sample_id})"
         try:
-            resolved = self._columns.resolve(record)
+            resolved = self._columns.resolve(row)
         except ColumnsError as error:
-            raise UserError(f"{self._name}, {row}: {error}") from None
+            raise UserError(f"{self._name}, {where}: {error}") from None
         if resolved.uses not in self.uses:
             self.uses.append(resolved.uses)
         if resolved.format is not None:
             name = resolved.format.name
             if self.format is None:
-                self.format, self._first = name, row
+                self.format, self._first = name, where
             if name != self.format:
-                firsts = f"{self.format}: {self._first}; {name}: {row}"
+                firsts = f"{self.format}: {self._first}; {name}: {where}"
                 raise UserError(f"{self._name}: rows of mixed formats, first of each {firsts}; write one file a format")
         try:
             return read_fields(resolved, sample_id)
         except (ColumnsError, CountedFromOne) as error:
-            raise UserError(f"{self._name}, {row}: {error}") from None
+            raise UserError(f"{self._name}, {where}: {error}") from None
         except BadSample as error:  # anew, since a traceback keeps all that was read alive
             # Halves of surrogate pairs, which no file can hold, are spelled out.
             name, reason = (

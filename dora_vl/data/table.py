@@ -148,19 +148,19 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
     """Yields rows in batches of bounded size; pictures and column roles are only in the first row that has them."""
     reader, pictures, kinds = RowReader(data.name, columns), set[str](), 0
     batch, size = [], 0
-    for number, record in enumerate(data.rows()):
-        example = reader.read(record, number)
-        row: dict[str, Any] = {"format": reader.format, "split": split_of(record)}
+    for number, row in enumerate(data.rows()):
+        example = reader.read(row, number)
+        cells: dict[str, Any] = {"format": reader.format, "split": split_of(row)}
         if len(reader.uses) > kinds:
-            kinds, row["columns"] = len(reader.uses), json.dumps(reader.uses[-1])
+            kinds, cells["columns"] = len(reader.uses), json.dumps(reader.uses[-1])
         if isinstance(example, BadSample):
-            row |= {"id": example.sample_id, "problem": example.reason, "length": 0}
-            row |= {"images": (), "videos": (), "turns": ()}
+            cells |= {"id": example.sample_id, "problem": example.reason, "length": 0}
+            cells |= {"images": (), "videos": (), "turns": ()}
         else:
             words, media, answer = question_and_answer(example)
             new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
             pictures |= new.keys()
-            row |= {
+            cells |= {
                 "id": example.id,
                 "images": example.images,
                 "videos": [asdict(clip) for clip in example.videos],
@@ -174,12 +174,12 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                     for text in (*(f"{turn.text} {turn.more}" for turn in example.turns), *example.rejected)
                 ),
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
-                "doubts": find_doubts(record, example, reader.format, columns),
+                "doubts": find_doubts(row, example, reader.format, columns),
                 "asked": _hash(f"{words}\0{media}") if words else None,
                 "told": _hash(answer) if words else None,
-                "group": named_in(record, "group"),
+                "group": named_in(row, "group"),
             }
-        batch.append(row)
+        batch.append(cells)
         size += characters_of(example)
         if len(batch) == ROWS_A_BATCH or size >= CHARACTERS_A_BATCH:
             yield batch
@@ -192,13 +192,13 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def characters_of(row: Example | BadSample) -> int:
-    """Counts the characters and bytes that a row holds."""
-    if isinstance(row, BadSample):
-        return len(row.reason)
-    texts = [row.id, *row.images, *(clip.path for clip in row.videos), *(turn.text + turn.more for turn in row.turns)]
-    texts += [answer.text for answer in row.answers]
-    return sum(map(len, texts)) + sum(map(len, row.image_bytes.values()))
+def characters_of(example: Example | BadSample) -> int:
+    """Counts the characters and bytes that an example holds."""
+    if isinstance(example, BadSample):
+        return len(example.reason)
+    texts = [example.id, *example.images, *(clip.path for clip in example.videos)]
+    texts += [*(turn.text + turn.more for turn in example.turns), *(answer.text for answer in example.answers)]
+    return sum(map(len, texts)) + sum(map(len, example.image_bytes.values()))
 
 
 @dataclass(frozen=True)
