@@ -55,7 +55,7 @@ from dora_vl.backbones.towers import (
 )
 from dora_vl.backbones.vision_store import open_features
 from dora_vl.data.check import FileCheck
-from dora_vl.data.containers import find_files
+from dora_vl.data.data_files import find_files
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import BadSample, SettingError, UserError, needs_extra, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, json_or_nothing, opening, write_json

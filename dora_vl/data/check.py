@@ -16,15 +16,8 @@ from tqdm import tqdm
 
 from dora_vl.data.column_names import ROLES, Row, plain_name
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
-from dora_vl.data.containers import (
-    ENDINGS,
-    counted_splits,
-    find_files,
-    is_data_file,
-    picture_folder,
-    split_of,
-    split_used,
-)
+from dora_vl.data.containers import ENDINGS
+from dora_vl.data.data_files import counted_splits, find_files, is_data_file, picture_folder, split_of, split_used
 from dora_vl.data.example import FIELDS, Example
 from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.formats.records import read_record

@@ -25,7 +25,8 @@ import torch
 
 from dora_vl.data.check import NO_PICTURE, find_doubts
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
-from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_set, split_of
+from dora_vl.data.containers import HUB, count_rows, hub_rows, hub_set
+from dora_vl.data.data_files import DataFiles, find_files, split_of
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.readers import RowReader, check_usable

@@ -34,7 +34,7 @@ from dora_vl.data.check import (
     question_and_answer,
 )
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
-from dora_vl.data.containers import DataFiles, find_files, split_of, split_taken
+from dora_vl.data.data_files import DataFiles, find_files, split_of, split_taken
 from dora_vl.data.example import Answer, Example, named_in
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import RowReader, check_usable

@@ -17,7 +17,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from dora_vl.data.columns import USUAL, Columns
-from dora_vl.data.containers import find_files
+from dora_vl.data.data_files import find_files
 from dora_vl.data.example import FIELDS, Example, iterate_examples, right_choice
 from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.baselines import right_text

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dora_vl.data.column_names import plain_name
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
-from dora_vl.data.containers import SPLIT_COLUMNS, DataFiles, find_files, split_of, split_taken
+from dora_vl.data.data_files import SPLIT_COLUMNS, DataFiles, find_files, split_of, split_taken
 from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, named_in
 from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.readers import id_of, read_row

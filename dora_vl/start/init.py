@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dora_vl.data.check import DOUBTS, SEVERAL_ANSWERS, FileCheck, MediaCheck, add_columns, columns_of, table
 from dora_vl.data.column_names import holds_media
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, column_lines
-from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked, split_of
+from dora_vl.data.data_files import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked, split_of
 from dora_vl.data.example import Example
 from dora_vl.data.picture_files import picture_facts
 from dora_vl.data.pictures import MediaFolder, path_inside, save_picture

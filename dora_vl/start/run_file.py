@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
-from dora_vl.data.containers import (
+from dora_vl.data.containers import ending_of
+from dora_vl.data.data_files import (
     BESIDE_ARROW,
     NO_SAMPLES,
     WORDS,
     DataFiles,
-    ending_of,
     files_below,
     find_files,
     is_data_file,

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dora_vl.backbones.encoder import IGNORED_LABEL, open_encoder
 from dora_vl.data import check, prepare
-from dora_vl.data.containers import find_files
+from dora_vl.data.data_files import find_files
 from dora_vl.data.readers import read_row
 from dora_vl.errors import UserError
 from dora_vl.start import init

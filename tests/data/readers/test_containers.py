@@ -26,7 +26,8 @@ from PIL import Image
 
 from dora_vl.data.check import FileCheck
 from dora_vl.data.columns import Columns, TrainFile
-from dora_vl.data.containers import READERS, find_files
+from dora_vl.data.containers import READERS
+from dora_vl.data.data_files import find_files
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
@@ -357,7 +358,7 @@ def test_folders_that_give_no_row_are_logged_once(tmp_path: Path, caplog: pytest
     (folder / "empty").mkdir()
     for _ in range(2):
         assert len([*find_files(folder).rows()]) == 2
-    first, second = (record.getMessage() for record in caplog.records if record.name.endswith("containers"))
+    first, second = (record.getMessage() for record in caplog.records if record.name.endswith("data_files"))
     assert [name in first for name in ("dog/more", "owl")] == [True, False]
     assert all(name in second for name in ("cat/old", "dog/more", ".ppm", "empty", "owl", "data.follow_links"))
     assert not any(name in second for name in (".git", "runs"))

@@ -32,7 +32,8 @@ from hypothesis import strategies as st
 
 from dora_vl.data.check import DOUBTS, GREETING, FileCheck
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, TrainFile
-from dora_vl.data.containers import find_files, hub_rows
+from dora_vl.data.containers import hub_rows
+from dora_vl.data.data_files import find_files
 from dora_vl.data.example import Example
 from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.formats.table import FORMATS
