@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -202,7 +202,7 @@ class Encoder:
             more = f"more than {self.max_tokens} tokens can hold; shorten it, or raise data.max_tokens"
             raise BadSample(conversation.id, f"one of its texts has {characters:,} characters, {more}")
         rounds = self._processed(conversation.turns, pictures, videos, conversation.id)
-        end, longest = max(row.media_end for row in rounds), max(len(row.input_ids) for row in rounds)
+        end, longest = max(text.media_end for text in rounds), max(len(text.input_ids) for text in rounds)
         if end > self.max_tokens:
             what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
             fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
@@ -211,21 +211,20 @@ class Encoder:
                 f"its {what} and the text before the last one take {end} tokens of "
                 f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
             )
-        kept = [row for row in rounds if bool((row.labels[: self.max_tokens] != IGNORED_LABEL).any())]
-        rows = [self._row(row, conversation) for row in kept]
+        kept: list[Encoded] = []
+        for text in rounds:
+            ids, labels = text.input_ids[: self.max_tokens], text.labels[: self.max_tokens]
+            if not bool((labels != IGNORED_LABEL).any()):
+                continue
+            inputs = {name: value[:, : len(ids)] if name in ALIGNED else value for name, value in text.inputs.items()}
+            images, clips = _media_up_to(text.answers[-1], conversation.turns)
+            media = (*conversation.images[:images], *conversation.videos[:clips])
+            positions = self.own_positions and self.own_positions.of(ids, inputs)
+            kept.append(replace(text, input_ids=ids, labels=labels, inputs=inputs, positions=positions, media=media))
         cut = max(0, longest - self.max_tokens)
-        if not rows:
+        if not kept:
             raise BadSample(conversation.id, f"no answer is left to train on after {cut} of {longest} tokens were cut")
-        return replace(rows[0], cut_tokens=cut, others=tuple(rows[1:]))
-
-    def _row(self, row: Encoded, conversation: Example) -> Encoded:
-        """Cuts a text to `max_tokens`, and records which pictures and videos it shows."""
-        ids, labels = row.input_ids[: self.max_tokens], row.labels[: self.max_tokens]
-        inputs = {name: value[:, : len(ids)] if name in ALIGNED else value for name, value in row.inputs.items()}
-        images, videos = _media_up_to(row.answers[-1], conversation.turns)
-        media = (*conversation.images[:images], *conversation.videos[:videos])
-        positions = self._positions(ids, inputs)
-        return replace(row, input_ids=ids, labels=labels, inputs=inputs, positions=positions, media=media)
+        return replace(kept[0], cut_tokens=cut, others=tuple(kept[1:]))
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """Lists what the labels of a conversation must decode to."""
@@ -267,15 +266,16 @@ class Encoder:
         """Encodes turns and an answer, of which only the answer has labels. Raises BadSample: it would be cut."""
         answered = (*turns, Turn("assistant", choice))
         encoded, *_ = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
-        length, positions = len(encoded.input_ids), self.max_positions
-        if positions is not None and length > positions:
-            reason = f"with its answer {choice!r:.60} it takes {length} tokens; the model has {positions} positions"
+        length, most = len(encoded.input_ids), self.max_positions
+        if most is not None and length > most:
+            reason = f"with its answer {choice!r:.60} it takes {length} tokens; the model has {most} positions"
             raise BadSample("question", reason)
         labels = encoded.labels.clone()
         trained = labels != IGNORED_LABEL
         others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what comes before the last answer
         labels[: int(others[-1]) + 1 if len(others) else 0] = IGNORED_LABEL
-        return replace(encoded, labels=labels, positions=self._positions(encoded.input_ids, encoded.inputs), answers=())
+        positions = self.own_positions and self.own_positions.of(encoded.input_ids, encoded.inputs)
+        return replace(encoded, labels=labels, positions=positions, answers=())
 
     def encode_answers(
         self, conversation: Example, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
@@ -301,10 +301,6 @@ class Encoder:
             dummy = self.dummy()
             self.own_positions = OwnPositions.by_sample(model, dummy.input_ids, dummy.inputs)
 
-    def _positions(self, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> Int[Tensor, "axes seq"] | None:
-        """Returns the family's own positions; None if it counts along one axis."""
-        return None if self.own_positions is None else self.own_positions.of(ids, inputs)
-
     def dummy(self, side: int = DUMMY_SIDE) -> Sample:
         """Makes a sample of one small picture without labels; it takes a text-only batch through the vision part."""
         return self.media_sample([Image.new("RGB", (side, side), GREY)])
@@ -328,7 +324,8 @@ class Encoder:
         """Makes a sample that shows these, without a label. Raises BadSample: the family cannot take them together."""
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
         sample = Sample(**vars(self.encode_prompt((Turn("user", f"{shown}."),), pictures, videos)), id="dummy")
-        return replace(sample, positions=self._positions(sample.input_ids, sample.inputs))
+        positions = self.own_positions and self.own_positions.of(sample.input_ids, sample.inputs)
+        return replace(sample, positions=positions)
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
         """Decodes an answer, without special tokens and what ends it."""
