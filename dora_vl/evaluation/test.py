@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from PIL import Image
 from torch import nn
 
 from dora_vl.adapters.files import WEIGHTS_FILE
+from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families.formats import PROMPTS
 from dora_vl.data.columns import Columns
 from dora_vl.data.example import Answer, Example, iterate_examples
+from dora_vl.data.table import ExampleTable
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import UNTRAINED, ComparisonAnswers, draw_sample, right_text
+from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetting_lines, try_measure
 from dora_vl.evaluation.plots import loss_unit, series, write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predict import ask_again, evaluate
 from dora_vl.evaluation.predictions import Prediction
@@ -34,6 +38,7 @@ from dora_vl.evaluation.questions import (
     endings_of,
     expected,
     has_truth,
+    last_round,
     likeliest_ending,
     read_questions,
     right_ending,
@@ -49,7 +54,7 @@ from dora_vl.files import METRICS, file_sha256, json_or_nothing
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, SETTINGS, read_log, run_folder_of
 from dora_vl.run.settings import EvaluationConfig, RunConfig
-from dora_vl.run.watched_questions import Watch, WatchedQuestion
+from dora_vl.run.watched_questions import Watch, WatchedQuestion, evenly
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +144,34 @@ def ask_untrained(base: Assistant, config: RunConfig) -> ComparisonAnswers:
         part = _set_of_file(config.evaluation, media, config.data.column_settings, {"base": config.model.base})
         scored = [example for example in part.asked if example.id not in part.not_scored]
         return ask_again(base, part, UNTRAINED, draw_sample(scored), folder=run_folder_of(config.training))
+
+
+def test_adapter(
+    base: Assistant, with_adapter: Callable[[], Backbone[Any]], config: RunConfig, *, numbers: Mapping[str, object]
+) -> None:
+    """Tests a run's saved adapter, which `with_adapter` puts on the base, and measures what the base has lost by it."""
+    evaluation = config.evaluation
+    untrained = ask_untrained(base, config) if evaluation.untrained and evaluation.file else None
+    texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
+    if evaluation.forgetting:
+        log.info("measuring what the model has forgotten")
+    before = try_measure(base, texts) if evaluation.forgetting else ""
+    assistant = replace(base, backbone=with_adapter())
+    lost: dict[str, Any] = {}
+    if evaluation.forgetting:
+        after = try_measure(assistant, texts, before if isinstance(before, Abilities) else None)
+        if isinstance(before, str) or isinstance(after, str):
+            lost = {"reason": before if isinstance(before, str) else after}
+        else:
+            lost = compare_abilities(before, after)
+        numbers = {**numbers, "forgetting": lost}
+    if evaluation.files:
+        folder, encoder = run_folder_of(config.training), assistant.prompts.encoder
+        evaluate_commonsense(assistant.backbone, encoder, evaluation, run_folder=folder, numbers=numbers)
+    else:
+        run_test(assistant, config, numbers=numbers, untrained=untrained)
+    for name, line in forgetting_lines(lost).items():
+        log.info("%s: %s", name, line)
 
 
 def run_test(
@@ -319,6 +352,24 @@ def _title(tested: Tested) -> str:
 # Some of the questions, while training goes on.
 
 MOST_NEW_TOKENS = 32
+
+
+def watch_run(assistant: Assistant, config: RunConfig, held_out: ExampleTable | None) -> Watch | None:
+    """Watches questions of a run's validation samples, or else of its test."""
+    if held_out is not None:
+        rows = (held_out[index] for index in evenly(range(len(held_out)), config.watch))
+        questions = [last_round(row) for row in rows if isinstance(row, Example)]  # validation names others
+    elif config.evaluation.tested is not None:
+        test = config.evaluation
+        questions = evenly(read_sets(test)[0] if test.files else check_test(config), config.watch)
+    else:
+        return None
+    media = media_of_run(config, assistant, of_test=held_out is None)
+    media = replace(media, stored=None if held_out is None else held_out.stored)
+    tokens = min(config.evaluation.max_new_tokens, MOST_NEW_TOKENS)
+    decoding = Decoding(batch_size=max(1, len(questions)), max_new_tokens=tokens)
+    source = str(config.evaluation.tested if held_out is None else config.data.held_out)
+    return watch_questions([(assistant, questions, decoding)], media, source=source)
 
 
 def watch_questions(

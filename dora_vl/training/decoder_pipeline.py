@@ -6,14 +6,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.backbones.base import Backbone, sees_pictures
-from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.model import (
     DecoderBackbone,
     check_packing,
@@ -26,24 +24,10 @@ from dora_vl.backbones.target_presets import names_projector
 from dora_vl.backbones.tower_sources import compose_llava, write_language_model
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
-from dora_vl.data.example import Example
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
-from dora_vl.evaluation.baselines import ComparisonAnswers
-from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetting_lines, try_measure
-from dora_vl.evaluation.predictor import Decoding
-from dora_vl.evaluation.questions import last_round
-from dora_vl.evaluation.test import (
-    MOST_NEW_TOKENS,
-    ask_untrained,
-    check_test,
-    evaluate_commonsense,
-    media_of_run,
-    read_sets,
-    run_test,
-    watch_questions,
-)
+from dora_vl.evaluation.test import check_test, read_sets, test_adapter, watch_run
 from dora_vl.report.batch import TokenText
 from dora_vl.run.base import (
     DECODER,
@@ -61,7 +45,7 @@ from dora_vl.run.base import (
 from dora_vl.run.folder import REPLAY, run_folder_of
 from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import RunConfig, foreign_fields
-from dora_vl.run.watched_questions import Watch, evenly
+from dora_vl.run.watched_questions import Watch
 from dora_vl.training.extras.closed_form import form_of, start_in
 from dora_vl.training.extras.replay import check_base_writes, check_replay, copy_chats
 from dora_vl.training.opened import Opened, encoder_of, encoder_of_saved, stored_outputs
@@ -237,23 +221,9 @@ class DecoderPipeline(Pipeline):
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Watches questions of the validation samples, or else of the test."""
-        opened, config = self.opened(arguments), self.config
-        held_out = opened.samples.held_out
-        if held_out is not None:
-            rows = (held_out[index] for index in evenly(range(len(held_out)), config.watch))
-            questions = [last_round(row) for row in rows if isinstance(row, Example)]  # validation names others
-        elif config.evaluation.tested is not None:
-            test = config.evaluation
-            questions = evenly(read_sets(test)[0] if test.files else check_test(config), config.watch)
-        else:
-            return None
+        opened = self.opened(arguments)
         assistant = Assistant(backbone, EncoderPrompts(opened.encoder), while_training=True)
-        media = media_of_run(config, assistant, of_test=held_out is None)
-        media = replace(media, stored=None if held_out is None else held_out.stored)
-        tokens = min(config.evaluation.max_new_tokens, MOST_NEW_TOKENS)
-        decoding = Decoding(batch_size=max(1, len(questions)), max_new_tokens=tokens)
-        source = str(config.evaluation.tested if held_out is None else config.data.held_out)
-        return watch_questions([(assistant, questions, decoding)], media, source=source)
+        return watch_run(assistant, self.config, opened.samples.held_out)
 
     def reading(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TokenText:
         """Reads tokens by the encoder's tokenizer."""
@@ -283,32 +253,8 @@ class DecoderPipeline(Pipeline):
 
     def test(self, numbers: Mapping[str, Any]) -> None:
         """Answers the test's file, or every set of `evaluation.files`, with the saved adapter."""
-        config, evaluation = self.config, self.config.evaluation
-        folder, encoder = run_folder_of(config.training), encoder_of_saved(config)
-        assistant, lost, untrained = self._tested(encoder)
-        numbers = {**numbers, **lost}
-        if not evaluation.files:
-            run_test(assistant, config, numbers=numbers, untrained=untrained)
-        else:
-            evaluate_commonsense(assistant.backbone, encoder, evaluation, run_folder=folder, numbers=numbers)
-        for name, line in forgetting_lines(lost.get("forgetting")).items():
-            logger.info("%s: %s", name, line)
-
-    def _tested(self, encoder: Encoder) -> tuple[Assistant, dict[str, Any], ComparisonAnswers | None]:
-        """Returns the model with its saved adapter, what it forgot, and the base's answers to the test."""
-        base, evaluation = self.load(), self.config.evaluation
-        strength = checked_strength(evaluation.strength)
+        strength = checked_strength(self.config.evaluation.strength)
+        base = self.load()
         base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
-        assistant = Assistant(base, EncoderPrompts(encoder))
-        untrained = ask_untrained(assistant, self.config) if evaluation.untrained and evaluation.file else None
-        texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
-        if evaluation.forgetting:
-            logger.info("measuring what the model has forgotten")
-        before = try_measure(assistant, texts) if evaluation.forgetting else ""
-        assistant = replace(assistant, backbone=self.with_saved_adapter(base, strength))
-        if not evaluation.forgetting:
-            return assistant, {}, untrained
-        after = try_measure(assistant, texts, before if isinstance(before, Abilities) else None)
-        if isinstance(before, str) or isinstance(after, str):
-            return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}, untrained
-        return assistant, {"forgetting": compare_abilities(before, after)}, untrained
+        assistant = Assistant(base, EncoderPrompts(encoder_of_saved(self.config)))
+        test_adapter(assistant, partial(self.with_saved_adapter, base, strength), self.config, numbers=numbers)
