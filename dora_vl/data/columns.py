@@ -110,8 +110,9 @@ class Columns:
             ColumnsError: if that is `strict`, a column would be left out that could change what is learned, or the row
                 lacks what a column of nearly that name may be.
         """
-        for path in self._paths:
-            row = _move_to_column(row, path, keep=path in self.roles)
+        for path in (*self.roles, *self.ignored):
+            if "." in path:
+                row = _move_to_column(row, path, keep=path in self.roles)
         # A null output is an answer that is missing, not another format.
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
@@ -133,21 +134,18 @@ class Columns:
             fields["question"] = self.ask
         uses = {name: roles.get(name, "") for name in names if name not in self.ignored}
         called = {role: self.roles.get(name, plain_name(name)) for name, role in reversed(roles.items())}
-        resolved = Resolved(form, fields, uses, called)
         if strict and (left := [name for name, role in uses.items() if not role]):
             self._refuse_second(row, left)
             if not is_empty(fields.get("videos")):
                 _refuse_moments(row, left)
-            _refuse_left_out(row, left if not self.roles else [*filterfalse(self._role_is_taken, left)], resolved)
-        return resolved
+            left = [*filterfalse(self._role_is_taken, left)] if self.roles else left
+            _refuse_left_out(row, left, form.name, fields, uses)
+        return Resolved(form, fields, uses, called)
 
     def id_of(self, row: Row) -> object:
         """Returns the row's own id; None if it has none."""
-        return next((row[name] for name in self._ids if row.get(name) is not None), None)
-
-    @cached_property
-    def _ids(self) -> tuple[str, ...]:
-        return (*(column for column, name in self.roles.items() if name in ROLES["id"]), *ROLES["id"])
+        named = (column for column, role in self.roles.items() if role in ROLES["id"])
+        return next((row[name] for name in (*named, *ROLES["id"]) if row.get(name) is not None), None)
 
     def as_settings(self) -> str:
         """Returns the settings as a run's YAML states them."""
@@ -168,10 +166,6 @@ class Columns:
         name = next((name for name in self.roles if there and name not in there), None)
         names = f"data.columns (--columns) names; there are {short_names(there)}"
         return "" if name is None else f"no row has a column {short_repr(name)}, which {names}"
-
-    @cached_property
-    def _paths(self) -> tuple[str, ...]:
-        return tuple(name for name in (*self.roles, *self.ignored) if "." in name)
 
     @cached_property
     def _takes_one_answer(self) -> bool:
@@ -273,11 +267,8 @@ def _numbered_otherwise(guesses: Mapping[str, str]) -> tuple[str, ...]:
     captions = [name for name in numbers if guesses[name] == "caption"]
     if len(captions) < 2:
         return ()
-    return tuple(
-        name
-        for name, number in numbers.items()
-        if guesses[name] in ("caption", "image") and number != numbers[captions[0]]
-    )
+    others = (name for name, number in numbers.items() if number != numbers[captions[0]])
+    return tuple(name for name in others if guesses[name] in ("caption", "image"))
 
 
 def _guess_role(path: str, names: set[str]) -> str | None:
@@ -313,22 +304,19 @@ def _is_number(value: object) -> bool:
     return True
 
 
-def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
-    fields, form = resolved.fields, resolved.format
+def _refuse_left_out(row: Row, left: Iterable[str], form: str, fields: Row, uses: Mapping[str, str]) -> None:
     has_media = not (is_empty(fields.get("images")) and is_empty(fields.get("videos")))
-    is_caption = form is not None and form.name == "captions"
-    lost = {
-        name: loss for name in left if (loss := lost_content(name, row[name], unknown=is_caption, has_media=has_media))
-    }
-    if not lost or form is None:
+    losses = {name: lost_content(name, row[name], unknown=form == "captions", has_media=has_media) for name in left}
+    if not any(losses.values()):
         return
     used = {text.strip() for text in _texts_in(list(fields.values()))}  # what says the same may be left out
-    losses = [loss for name, loss in lost.items() if not (isinstance(text := row[name], str) and text.strip() in used)]
-    if losses:
-        remedy = _remedy(row, losses, resolved.uses, form.name)
-        listed = ", ".join(f"{short_repr(path, 30)} ({what})" for path, what in losses[:4])
-        others = Columns(ignored=tuple(path for path, _ in losses if path not in remedy.ignored))
-        raise ColumnsError(f"{form.name} would leave out {listed};", remedy, others if others.ignored else None)
+    unlike = (name for name in losses if not (isinstance(text := row[name], str) and text.strip() in used))
+    lost = [loss for name in unlike if (loss := losses[name])]
+    if lost:
+        remedy = _remedy(row, lost, uses, form)
+        listed = ", ".join(f"{short_repr(path, 30)} ({what})" for path, what in lost[:4])
+        others = Columns(ignored=tuple(path for path, _ in lost if path not in remedy.ignored))
+        raise ColumnsError(f"{form} would leave out {listed};", remedy, others if others.ignored else None)
 
 
 def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:
