@@ -23,7 +23,7 @@ from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.formats.records import read_record
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
 from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
-from dora_vl.data.readers import id_of, read_fields
+from dora_vl.data.readers import read_fields
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Role
 from dora_vl.data.video import no_video_reason
 from dora_vl.errors import (
@@ -221,7 +221,7 @@ class FileCheck:
         self.rows += 1
         self.splits[split_of(row)] += 1
         location = f"row {self.rows}"
-        sample_id = id_of(row, self.rows - 1, self.columns)
+        sample_id = self.columns.id_of(row, location)
         try:
             has_fields_of_records = row.keys() <= FIELDS
             resolved = self.columns.resolve(row, strict=not has_fields_of_records)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import chain, filterfalse
+from itertools import chain
 from shlex import quote
 from typing import Literal
 
@@ -135,17 +135,14 @@ class Columns:
         uses = {name: roles.get(name, "") for name in names if name not in self.ignored}
         called = {role: self.roles.get(name, plain_name(name)) for name, role in reversed(roles.items())}
         if strict and (left := [name for name, role in uses.items() if not role]):
-            self._refuse_second(row, left)
-            if not is_empty(fields.get("videos")):
-                _refuse_moments(row, left)
-            left = [*filterfalse(self._role_is_taken, left)] if self.roles else left
-            _refuse_left_out(row, left, form.name, fields, uses)
+            self._refuse_left_out(row, left, form.name, fields, uses)
         return Resolved(form, fields, uses, called)
 
-    def id_of(self, row: Row) -> object:
-        """Returns the row's own id; None if it has none."""
+    def id_of(self, row: Row, otherwise: str) -> str:
+        """Returns the row's own id as text, else what it is called otherwise."""
         named = (column for column, role in self.roles.items() if role in ROLES["id"])
-        return next((row[name] for name in (*named, *ROLES["id"]) if row.get(name) is not None), None)
+        own = next((row[name] for name in (*named, *ROLES["id"]) if row.get(name) is not None), otherwise)
+        return own if isinstance(own, str) else short_repr(own)
 
     def as_settings(self) -> str:
         """Returns the settings as a run's YAML states them."""
@@ -181,6 +178,28 @@ class Columns:
         return (kind_of_column(name) == PREFERENCE and self._takes_one_answer) or any(
             plain_name(name) in NAMES[role] for role in roles
         )
+
+    def _refuse_left_out(self, row: Row, left: Sequence[str], form: str, fields: Row, uses: Mapping[str, str]) -> None:
+        """Raises ColumnsError where a column that is left out could change what is learned."""
+        if self.roles:
+            self._refuse_second(row, left)
+        has_videos = not is_empty(fields.get("videos"))
+        if has_videos:
+            _refuse_moments(row, left)
+        if self.roles:
+            left = [name for name in left if not self._role_is_taken(name)]
+        has_media = has_videos or not is_empty(fields.get("images"))
+        losses = {name: lost_content(name, row[name], unknown=form == "captions", has_media=has_media) for name in left}
+        if not any(losses.values()):
+            return
+        used = {text.strip() for text in _texts_in(list(fields.values()))}  # what says the same may be left out
+        unlike = (name for name in losses if not (isinstance(text := row[name], str) and text.strip() in used))
+        lost = [loss for name in unlike if (loss := losses[name])]
+        if lost:
+            remedy = _remedy(row, lost, uses, form)
+            listed = ", ".join(f"{short_repr(path, 30)} ({what})" for path, what in lost[:4])
+            others = Columns(ignored=tuple(path for path, _ in lost if path not in remedy.ignored))
+            raise ColumnsError(f"{form} would leave out {listed};", remedy, others if others.ignored else None)
 
     def _refuse_second(self, row: Row, left: Sequence[str]) -> None:
         """Raises ColumnsError where `data.columns` gives a role to two filled columns that are not taken as one."""
@@ -302,21 +321,6 @@ def _is_number(value: object) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _refuse_left_out(row: Row, left: Iterable[str], form: str, fields: Row, uses: Mapping[str, str]) -> None:
-    has_media = not (is_empty(fields.get("images")) and is_empty(fields.get("videos")))
-    losses = {name: lost_content(name, row[name], unknown=form == "captions", has_media=has_media) for name in left}
-    if not any(losses.values()):
-        return
-    used = {text.strip() for text in _texts_in(list(fields.values()))}  # what says the same may be left out
-    unlike = (name for name in losses if not (isinstance(text := row[name], str) and text.strip() in used))
-    lost = [loss for name in unlike if (loss := losses[name])]
-    if lost:
-        remedy = _remedy(row, lost, uses, form)
-        listed = ", ".join(f"{short_repr(path, 30)} ({what})" for path, what in lost[:4])
-        others = Columns(ignored=tuple(path for path, _ in lost if path not in remedy.ignored))
-        raise ColumnsError(f"{form} would leave out {listed};", remedy, others if others.ignored else None)
 
 
 def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:

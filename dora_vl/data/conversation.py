@@ -49,7 +49,7 @@ CALLING = ("tool_call", "function_call")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 RESULT = ("name", "tool_call_id")
 OF_ROLE: Mapping[Role, frozenset[str]] = {"assistant": frozenset((*THOUGHTS, CALLS)), "tool": frozenset(RESULT)}
-"""A turn of these roles may hold these keys besides `TURN_KEYS`."""
+"""A turn of these roles may hold these keys besides its role, content and media."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURE_PARTS = ("image", "image_url", "input_image")
 PAYLOADS = ("image", "image_url", "url", "path", "bytes", "data")
@@ -71,8 +71,6 @@ OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
 KINDS_OF_TURN = ("message", "text", "chat", *ROLES)
 """A turn may be of one of these as its `type`; any other may say that it is masked."""
-TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
-"""Maps the key of a turn's role to the keys that such a turn may hold."""
 TRAINED = ("train", "train_on_turn", "loss", "weight")
 """These keys mark whether a turn is trained. Only an answer can be, wholly or not at all; other marks are refused."""
 _RESULTS = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
@@ -127,7 +125,7 @@ class _Conversation:
             for value in listed(row.get(role)):
                 if isinstance(value, Mapping) and not read.issuperset(value):
                     self._refuse_unread(value, value, read)
-        self._beside = [self._picture(value, "images") for value in listed(row.get("images"))]
+        self._beside = [picture_name(value, "images", self.image_bytes) for value in listed(row.get("images"))]
         self._left = list(range(len(self._beside)))
         self._images: list[str] = []
         self._tagged = 0
@@ -153,8 +151,7 @@ class _Conversation:
             return
         if not isinstance(message, Mapping):
             raise Unusable(f"turn {number} must be an object of role and text, got {short_repr(message)}")
-        message = _usual_message(message)
-        who, what = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
+        who, what = _keys_of(message)
         role = ROLES.get(speaker) if isinstance(speaker := message.get(who), str) else None
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
@@ -162,7 +159,7 @@ class _Conversation:
         if len(message) == 2 and what in message and role != "tool" and speaker not in CALLING:  # as most are
             self.turns.append(Turn(role, self._content(message, what, number)))
             return
-        read = TURN_KEYS[who] | OF_ROLE.get(role, frozenset())
+        read = OWN_MEDIA | OF_ROLE.get(role, frozenset()) | {who, what}
         if not read.issuperset(message):
             self._refuse_unread(message, message, read, answers=role == "assistant")
         marks = {bool(mark) for key in TRAINED if not is_empty(mark := message.get(key))}
@@ -205,7 +202,7 @@ class _Conversation:
         )
         own = [len(self._beside) + index for index in range(len(own_pictures))]
         own_clips = [_read_clip(value, "videos") for value in own_videos]
-        self._beside += [self._picture(value, "images") for value in own_pictures]
+        self._beside += [picture_name(value, "images", self.image_bytes) for value in own_pictures]
         self._left[:0], self.clips_left[:0] = own, own_clips
         text = self._content(message, what, number)
         if self._left[: len(own)] == own:
@@ -283,7 +280,8 @@ class _Conversation:
         payloads = {key: value for key in PAYLOADS if (value := fields.get(key)) is not None}
         if len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
             raise UnreadKey(message, f"{path}{[*payloads][1]}", MEDIUM)
-        self._images += [self._picture(value, f"part of turn {number}") for value in [*payloads.values()][:1]]
+        for value in [*payloads.values()][:1]:
+            self._images.append(picture_name(value, f"part of turn {number}", self.image_bytes))
         return IMAGE_PLACEHOLDER if payloads else ""
 
     def _words(self, text: str) -> str:
@@ -301,7 +299,7 @@ class _Conversation:
             if name is None:
                 remedy = "write what it means into the text"
                 raise Unusable(f"its text has {tag[0]}, which nothing here fills; {remedy}")
-            self._images.append(self._picture(name.strip(), tag[0][:5]))
+            self._images.append(picture_name(name.strip(), tag[0][:5], self.image_bytes))
             self._tagged += 1
         return _TAGS.sub(IMAGE_PLACEHOLDER, text)
 
@@ -313,15 +311,12 @@ class _Conversation:
         if index in self._left:
             self._left.remove(index)
 
-    def _picture(self, value: object, key: str) -> str:
-        return picture_name(value, key, self.image_bytes)
 
-
-def _usual_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a message with its text as `content`, which Gemini's calls `parts`."""
-    if "parts" not in message or "content" in message:
-        return message
-    return {"content" if key == "parts" else key: value for key, value in message.items()}
+def _keys_of(message: Mapping[str, object]) -> tuple[str, str]:
+    """Returns the keys of a message's role and content: LLaVA's, Gemini's, or the usual ones."""
+    if message.get("role") is None and "from" in message:
+        return "from", "value"
+    return "role", "parts" if "parts" in message and "content" not in message else "content"
 
 
 def _usual_part(part: Mapping[str, object]) -> Mapping[str, object]:

@@ -17,14 +17,6 @@ from dora_vl.data.turns import Unusable
 from dora_vl.errors import NO_ANSWER, NO_SAMPLE, BadSample, UserError, short_names, short_repr
 
 
-def id_of(row: Row, number: int, columns: Columns) -> str:
-    """Returns the row's own id, else its place in the file."""
-    sample_id = columns.id_of(row)
-    if sample_id is None:
-        return f"row {number + 1}"
-    return sample_id if isinstance(sample_id, str) else short_repr(sample_id)
-
-
 def read_row(row: Row, *, columns: Columns = USUAL) -> Example:
     """Returns one row of any format as the conversation that is trained on.
 
@@ -32,7 +24,7 @@ def read_row(row: Row, *, columns: Columns = USUAL) -> Example:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
         ColumnsError: it holds something that its format would leave out.
     """
-    return read_fields(columns.resolve(row), id_of(row, 0, columns))
+    return read_fields(columns.resolve(row), columns.id_of(row, "row 1"))
 
 
 def read_fields(resolved: Resolved, sample_id: str) -> Example:
@@ -87,8 +79,7 @@ def _refuse_parts_of_one_answer(resolved: Resolved) -> None:
     """Refuses a list that may be one answer, such as a page's lines: its first entry alone would be trained."""
     for role in ("answer", "caption"):
         value = resolved.fields.get(role)
-        name = resolved.called.get(role, role)
-        if name in SEVERAL or not is_empty(resolved.fields.get("choices")):
+        if value is None or resolved.called.get(role) in SEVERAL or not is_empty(resolved.fields.get("choices")):
             continue
         if texts := distinct_texts(value):
             column = resolved.column_of(role)
@@ -120,8 +111,8 @@ class RowReader:
 
     def read(self, row: Row, number: int) -> Example | BadSample:
         """Returns the row `number`, from 0, of what the container gives; or why it cannot be a sample."""
-        sample_id = id_of(row, number, self._columns)
         where = f"row {number + 1}"
+        sample_id = self._columns.id_of(row, where)
         where += "" if sample_id == where else f" ({sample_id})"
         try:
             resolved = self._columns.resolve(row)

@@ -83,7 +83,7 @@ class StreamSource:
                 self._refuse_several_splits(record)
                 if share < 1 and row_rng.random() >= share:
                     continue
-                if shard not in ("", Path(self.file.path).name) and self._columns.id_of(record) is None:
+                if shard not in ("", Path(self.file.path).name) and not self._columns.id_of(record, ""):
                     record = {**record, "id": f"{shard}, row {number + 1}"}  # its number by itself would name several
                 row = self._reader.read(record, number)
                 if isinstance(row, Example):

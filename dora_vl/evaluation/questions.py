@@ -15,7 +15,7 @@ from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.data_files import SPLIT_COLUMNS, DataFiles, find_files, split_of, split_taken
 from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, named_in
 from dora_vl.data.formats.choices import CountedFromOne
-from dora_vl.data.readers import id_of, read_row
+from dora_vl.data.readers import read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, short_repr, short_text
@@ -179,7 +179,7 @@ def read_questions(
     for number, (row, record) in enumerate(islice(numbered, limit)):
         if not isinstance(record, Mapping):
             raise UserError(f"{path}, row {row}: a record must be an object, found {type(record).__name__}")
-        name = id_of(record, row - 1, columns)
+        name = columns.id_of(record, f"row {row}")
         first = seen.setdefault(name, row)
         if len(seen) <= number:
             raise UserError(

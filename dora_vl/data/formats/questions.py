@@ -29,7 +29,7 @@ def question_answer(row: Row) -> list[object]:
         if choices:
             question, answer = written_choices(question, choices, answer, labels)
     hint = as_text(row.get("hint"), "hint").strip()
-    if not says(question, [hint]):
+    if hint and not says(question, [hint]):
         question = f"{hint}\n{question}"
     return [*earlier_rounds(row), *round_of(question, answer)]
 
