@@ -32,8 +32,9 @@ from benchmarks.contenders import take_turns, train_step
 from benchmarks.dora_memory import LiveBytes
 from benchmarks.report import table, write_json
 from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.backbones.families.targets import language_targets, projector_patterns
 from dora_vl.backbones.frozen_outputs import find_verified_parts, inputs_of, with_stored_outputs
-from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.model import DecoderBackbone, open_backbone
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing

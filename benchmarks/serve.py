@@ -33,7 +33,7 @@ from benchmarks.contenders import take_turns
 from benchmarks.report import median, table, write_json
 from dora_vl.adapters.base_weights import shared_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.backbones.model import language_targets
+from dora_vl.backbones.families.targets import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn
 from dora_vl.errors import exit_on_user_error

@@ -37,16 +37,12 @@ from dora_vl.backbones.base import (
 )
 from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.families.quirks import CROSSING, words_pass_by
-from dora_vl.backbones.families.table import BYPASSED, LLAVA, PROJECTORS, TURNED_UNDER_ZERO3
+from dora_vl.backbones.families.table import LLAVA, TURNED_UNDER_ZERO3
 from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
 from dora_vl.backbones.generation import ScoreWatch
 from dora_vl.backbones.loading import check_quantised, load_pretrained, quantised_loading
 from dora_vl.backbones.packed_attention import MASKED, Forest, PackedAttention
-from dora_vl.core import DoRAConfig
 from dora_vl.core.config import Quantisation
-from dora_vl.core.inject import find_adaptable
-from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.quantised import is_quantised
 from dora_vl.data.columns import Packing
 from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
@@ -259,56 +255,6 @@ def _predicted(
 def _asks_for_gradients(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
     """Makes embeddings require a gradient; reentrant checkpointing differentiates nothing otherwise."""
     return embedded if embedded.requires_grad else embedded.detach().requires_grad_()
-
-
-def adapted_decoder(model: PreTrainedModel) -> nn.Module:
-    """Returns the language model's layers; refuses a model that does not tell them from the rest."""
-    decoder = decoder_of(model)
-    if decoder is model or head_of(model) is None:
-        raise UserError(f"{type(model).__name__} has no decoder of its own that could be adapted; take another model")
-    return decoder
-
-
-def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
-    """Returns full-name patterns of every linear in the decoder's layers, one for each place in a layer."""
-    decoder = adapted_decoder(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    head = head_of(model)
-    modules = decoder.named_modules(prefix=prefix)
-    names = [name for name, module in modules if is_adaptable_linear(name, module) and module is not head]
-    if not names:
-        raise UserError(f"no linear layer was found in {prefix} of {type(model).__name__}; set adapter.targets")
-    return tuple(dict.fromkeys(map(starred, names)))
-
-
-def starred(name: str) -> str:
-    """Returns a module's name with `*` for numbers."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
-
-
-def is_adaptable_linear(name: str, module: nn.Module) -> bool:
-    """Tells whether an adapter in a linear layer takes effect.
-
-    It does not in classes that use their weight without being called (Llama 4's router, the output of torch's
-    attention), nor where a family's model does so.
-    """
-    if BYPASSED.search(name):
-        return False
-    if isinstance(module, AdaptedLayer) or is_quantised(module):
-        return True
-    return isinstance(module, nn.Linear) and find_adaptable(module, DoRAConfig(targets=("*",))) is not None
-
-
-def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:
-    """Returns full-name patterns of the module between vision and language; none where no such name is known."""
-    decoder = set(adapted_decoder(model).modules())
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in PROJECTORS and module not in decoder and any(True for _ in module.parameters())
-    ]
-    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    return tuple(f"{name}.*" for name in outer)
 
 
 def open_backbone(

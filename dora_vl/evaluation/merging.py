@@ -21,7 +21,7 @@ from dora_vl.adapters.merge import merge_to_folder, refuse_target
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.base import head_of
-from dora_vl.backbones.target_presets import resolved_layers
+from dora_vl.backbones.families.targets import resolved_layers
 from dora_vl.errors import UserError
 from dora_vl.evaluation.merge_check import as_model, check_answers, check_logits, planned_check, unmerged_source
 from dora_vl.evaluation.open_model import ModelSource

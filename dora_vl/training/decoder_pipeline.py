@@ -12,15 +12,8 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.backbones.base import Backbone, sees_pictures
-from dora_vl.backbones.model import (
-    DecoderBackbone,
-    check_packing,
-    language_targets,
-    open_backbone,
-    projector_patterns,
-    skeleton_of,
-)
-from dora_vl.backbones.target_presets import names_projector
+from dora_vl.backbones.families.targets import language_targets, names_projector, projector_patterns
+from dora_vl.backbones.model import DecoderBackbone, check_packing, open_backbone, skeleton_of
 from dora_vl.backbones.tower_sources import compose_llava, write_language_model
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength

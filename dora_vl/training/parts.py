@@ -25,7 +25,7 @@ from dora_vl.adapters.files import WEIGHTS_FILE, read_peft_config, read_recipe
 from dora_vl.adapters.folder import no_adapter, read_weights
 from dora_vl.adapters.quantised_base import check_gradients
 from dora_vl.adapters.settings import read_config
-from dora_vl.backbones.target_presets import names_experts, resolved_targets, resolved_weights
+from dora_vl.backbones.families.targets import names_experts, resolved_targets, resolved_weights
 from dora_vl.core import DoRAConfig, TrainedPart, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows

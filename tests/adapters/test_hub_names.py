@@ -22,7 +22,7 @@ from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights, save_under_hub_names
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.merge import merge_to_folder
-from dora_vl.backbones.target_presets import resolved_layers
+from dora_vl.backbones.families.targets import resolved_layers
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.turns import Turn
 from tests.adapters.foreign_files import saved

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.exports import export_for_vllm
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.backbones.target_presets import resolved_layers
+from dora_vl.backbones.families.targets import resolved_layers
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart
 from dora_vl.errors import UserError

@@ -13,7 +13,8 @@ from transformers.models.auto.processing_auto import AutoProcessor
 
 from dora_vl import DoRAConfig, apply_dora
 from dora_vl.backbones.encoder import Encoder, open_encoder
-from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.families.targets import language_targets, projector_patterns
+from dora_vl.backbones.model import DecoderBackbone, open_backbone
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.video_inputs import metadata, pixels
 from dora_vl.data.example import Example

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForCausalLM,
 
 from dora_vl.backbones import frozen_outputs
 from dora_vl.backbones.base import decoder_of
+from dora_vl.backbones.families.targets import language_targets
 from dora_vl.backbones.frozen_outputs import find_parts, model_inputs, with_stored_outputs
-from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone
+from dora_vl.backbones.model import DecoderBackbone, open_backbone
 from dora_vl.backbones.specs import LanguageSource
 from dora_vl.backbones.tower_sources import write_language_model
 from dora_vl.data.batches import Collator

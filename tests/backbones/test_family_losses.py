@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.base import decoder_of
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.model import DecoderBackbone, check_packing, language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.families.targets import language_targets, projector_patterns
+from dora_vl.backbones.model import DecoderBackbone, check_packing, open_backbone
 from dora_vl.backbones.packed_attention import OwnPositions
 from dora_vl.data.batches import Collator, stacked
 from dora_vl.data.columns import Packing

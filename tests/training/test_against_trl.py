@@ -19,7 +19,8 @@ from datasets import Dataset
 from transformers import AutoProcessor
 
 from dora_vl.backbones.encoder import open_encoder
-from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.families.targets import language_targets, projector_patterns
+from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.heads.objectives import OBJECTIVES
 from dora_vl.heads.preferences import Answers, Hyperparameters

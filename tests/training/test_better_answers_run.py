@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_vl.backbones.encoder import Encoder, open_encoder
-from dora_vl.backbones.model import language_targets, open_backbone
+from dora_vl.backbones.families.targets import language_targets
+from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
 from dora_vl.data.pictures import MediaFolder

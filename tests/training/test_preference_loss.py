@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.encoder import Encoder, open_encoder
-from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.families.targets import language_targets, projector_patterns
+from dora_vl.backbones.model import DecoderBackbone, open_backbone
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample

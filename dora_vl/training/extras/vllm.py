@@ -25,9 +25,9 @@ from dora_vl.adapters.exports import RANKS
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.families.targets import resolved_layers
 from dora_vl.backbones.frozen_outputs import PictureReader
 from dora_vl.backbones.pieces import PieceProcessor
-from dora_vl.backbones.target_presets import resolved_layers
 from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.data.example import Example

@@ -1,6 +1,7 @@
-"""Presets that name parts of a model in `targets`: `language`, `vision`, `projector`, `experts`, `all-linear`.
+"""The layers that `targets` names: those adapted by default, full-name patterns, and presets for parts of a model.
 
-Each is replaced by full-name patterns found in the model, in every setting that takes such patterns.
+A preset (`language`, `vision`, `projector`, `experts`, `all-linear`) is replaced by patterns found in the model, in
+every setting that takes such patterns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dora_vl.backbones.base import decoder_of, head_of
-from dora_vl.backbones.model import is_adaptable_linear, projector_patterns, starred
+from dora_vl.backbones.families.table import BYPASSED, PROJECTORS
+from dora_vl.core import DoRAConfig
+from dora_vl.core.inject import find_adaptable
+from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import UserError
@@ -23,6 +27,56 @@ from dora_vl.errors import UserError
 log = logging.getLogger(__name__)
 
 NamesIn = Callable[[PreTrainedModel, str], list[str]]
+
+
+def adapted_decoder(model: PreTrainedModel) -> nn.Module:
+    """Returns the language model's layers; refuses a model that does not tell them from the rest."""
+    decoder = decoder_of(model)
+    if decoder is model or head_of(model) is None:
+        raise UserError(f"{type(model).__name__} has no decoder of its own that could be adapted; take another model")
+    return decoder
+
+
+def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
+    """Returns full-name patterns of every linear in the decoder's layers, one for each place in a layer."""
+    decoder = adapted_decoder(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    head = head_of(model)
+    modules = decoder.named_modules(prefix=prefix)
+    names = [name for name, module in modules if is_adaptable_linear(name, module) and module is not head]
+    if not names:
+        raise UserError(f"no linear layer was found in {prefix} of {type(model).__name__}; set adapter.targets")
+    return tuple(dict.fromkeys(map(starred, names)))
+
+
+def starred(name: str) -> str:
+    """Returns a module's name with `*` for numbers."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def is_adaptable_linear(name: str, module: nn.Module) -> bool:
+    """Tells whether an adapter in a linear layer takes effect.
+
+    It does not in classes that use their weight without being called (Llama 4's router, the output of torch's
+    attention), nor where a family's model does so.
+    """
+    if BYPASSED.search(name):
+        return False
+    if isinstance(module, AdaptedLayer) or is_quantised(module):
+        return True
+    return isinstance(module, nn.Linear) and find_adaptable(module, DoRAConfig(targets=("*",))) is not None
+
+
+def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:
+    """Returns full-name patterns of the module between vision and language; none where no such name is known."""
+    decoder = set(adapted_decoder(model).modules())
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in PROJECTORS and module not in decoder and any(True for _ in module.parameters())
+    ]
+    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return tuple(f"{name}.*" for name in outer)
 
 
 def resolved_targets(
