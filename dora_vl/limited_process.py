@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 from dora_vl.errors import one_line
 
 JOBS: Mapping[str, str] = {
-    "read_picture": "dora_vl.data.picture_files",
+    "read_picture": "dora_vl.data.pictures",
     "read_video": "dora_vl.data.video",
     "try_template": "dora_vl.backbones.template_trial",
 }

@@ -15,7 +15,7 @@ import pytest
 from dora_vl import limited_process
 from dora_vl.backbones import template_trial
 from dora_vl.backbones.template_trial import check_ends
-from dora_vl.data.picture_files import TooManyPixels, decode_picture, load_picture
+from dora_vl.data.pictures import TooManyPixels, decode_picture, load_picture
 from dora_vl.errors import UserError
 from dora_vl.limited_process import Budget, JobFailed, LimitedProcess
 from tests.data.hostile import jpeg_of_scans, saved

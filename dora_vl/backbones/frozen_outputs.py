@@ -35,8 +35,7 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.shards import HASH, ShardStore, keep_settings, store_key
 from dora_vl.backbones.video_inputs import within_pixels
 from dora_vl.data.batches import Collator
-from dora_vl.data.picture_files import AS_PUBLISHED, READING
-from dora_vl.data.pictures import HeldPictures, MediaFolder, open_image
+from dora_vl.data.pictures import AS_PUBLISHED, READING, HeldPictures, MediaFolder, open_image
 from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.errors import BadSample, UserError
 

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from dora_vl.backbones.specs import VisionLibrary
-from dora_vl.data.picture_files import READING
+from dora_vl.data.pictures import READING
 from dora_vl.errors import UserError, needs_extra, short_repr
 from dora_vl.files import opening
 from dora_vl.shapes import Float

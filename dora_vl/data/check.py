@@ -21,8 +21,7 @@ from dora_vl.data.data_files import counted_splits, find_files, is_data_file, pi
 from dora_vl.data.example import FIELDS, Example
 from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.formats.records import read_record
-from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
-from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
+from dora_vl.data.pictures import TRUNCATED, VIDEO_ENDINGS, MediaFolder, Trouble, decoding_trouble, path_inside
 from dora_vl.data.readers import read_fields
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Role
 from dora_vl.data.video import no_video_reason

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.data.columns import Mixing
-from dora_vl.data.picture_files import NOT_DECODED, opened_picture
-from dora_vl.data.pictures import HeldPictures, MediaFolder, path_inside
+from dora_vl.data.pictures import NOT_DECODED, HeldPictures, MediaFolder, opened_picture, path_inside
 from dora_vl.errors import BadSample
 from dora_vl.shapes import Bool, Int
 

@@ -16,8 +16,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from PIL import Image
 
 from dora_vl.data.example import Clip
-from dora_vl.data.picture_files import VIDEO_MEMORY, VIDEO_SECONDS, Trouble, parts_of, picture_of
-from dora_vl.data.pictures import MediaFolder, path_inside
+from dora_vl.data.pictures import VIDEO_MEMORY, VIDEO_SECONDS, MediaFolder, Trouble, parts_of, path_inside, picture_of
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, NoVideo, Unreadable, refuse_size
 from dora_vl.errors import BadSample, MissingExtra, UserError
 from dora_vl.files import open_regular

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dora_vl.data.picture_files import FRAME_PIXELS, VIDEO_FRAMES
+from dora_vl.data.pictures import FRAME_PIXELS, VIDEO_FRAMES
 from dora_vl.shapes import UInt8
 
 FORMATS = "mov,matroska,avi,gif,flv,asf,mxf,mpeg,mpegts"

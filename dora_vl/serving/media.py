@@ -20,7 +20,7 @@ from PIL import Image
 
 from dora_vl.backbones.video_inputs import Video, repeated
 from dora_vl.data.conversation import ROLES
-from dora_vl.data.picture_files import MEBIBYTE, TooManyPixels, decode_picture
+from dora_vl.data.pictures import MEBIBYTE, TooManyPixels, decode_picture
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import short_repr

@@ -26,8 +26,7 @@ from dora_vl.data.column_names import holds_media
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, column_lines
 from dora_vl.data.data_files import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked, split_of
 from dora_vl.data.example import Example
-from dora_vl.data.picture_files import picture_facts
-from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
+from dora_vl.data.pictures import MediaFolder, path_inside, picture_facts, save_picture
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, KWARGS, SPEAKERS, TOOLS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, short_names, short_text

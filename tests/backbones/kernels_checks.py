@@ -26,7 +26,7 @@ from dora_vl.backbones.vlbart import _language, load_vlbart
 from dora_vl.cli import main
 from dora_vl.evaluation.merge_check import _opened
 from dora_vl.serving.model import open_served
-from dora_vl.training import replay
+from dora_vl.training.extras import replay
 from tests.backbones.conftest import small_clip
 from tests.backbones.test_towers import save_clip
 from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language

@@ -21,11 +21,9 @@ from PIL import Image
 
 from dora_vl.backbones.feature_encoder import MediaDataset, Medium
 from dora_vl.backbones.towers import ImagePreparation, Preparation
-from dora_vl.data import picture_files
 from dora_vl.data.check import MediaCheck
 from dora_vl.data.example import Clip
-from dora_vl.data.picture_files import decoding_trouble
-from dora_vl.data.pictures import MediaFolder, any_is_there, open_image, path_inside
+from dora_vl.data.pictures import PICTURE_SIDE, MediaFolder, any_is_there, decoding_trouble, open_image, path_inside
 from dora_vl.data.samplers import places_of_largest_pictures
 from dora_vl.data.samples import check_files_early
 from dora_vl.data.table import load_rows
@@ -176,15 +174,15 @@ def test_a_long_picture_is_shrunk_to_the_largest_side(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 12_000).astype(np.uint8)
     Image.fromarray(np.repeat(ramp[:, None, None], 1080, 1).repeat(3, 2)).save(tmp_path / "a.png")
     shrunk = open_image(tmp_path, "a.png")
-    assert shrunk.size == (737, picture_files.PICTURE_SIDE)
-    expected = np.linspace(0, 255, picture_files.PICTURE_SIDE)
+    assert shrunk.size == (737, PICTURE_SIDE)
+    expected = np.linspace(0, 255, PICTURE_SIDE)
     np.testing.assert_allclose(np.asarray(shrunk)[:, 300, 1], expected, atol=1.5)
     Image.new("RGB", (8192, 100)).save(tmp_path / "b.png")
     assert open_image(tmp_path, "b.png").size == (8192, 100)
 
 
 def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_files, "PICTURE_BYTES", 1000)
+    monkeypatch.setattr("dora_vl.data.pictures.PICTURE_BYTES", 1000)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(BadSample):
         open_image(tmp_path, "a.png")
@@ -205,7 +203,7 @@ def test_a_picture_that_takes_its_decoder_too_long_is_not_decoded_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Callable[[], bytes]
 ) -> None:
     """In the process that trains too: a JPEG of thousands of scans, each of which goes through all of it."""
-    monkeypatch.setattr(picture_files, "PICTURE_SECONDS", 0.3)
+    monkeypatch.setattr("dora_vl.data.pictures.PICTURE_SECONDS", 0.3)
     (tmp_path / "a").write_bytes(content())
     began = time.thread_time()
     with pytest.raises(BadSample):
