@@ -35,8 +35,7 @@ from dora_vl.backbones.shards import HASH
 from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.vision_store import FeatureWriter, OwnFeatures, clip_of_features, describe_part
 from dora_vl.data.example import Clip, iterate_examples
-from dora_vl.data.pictures import VIDEO_SECONDS
-from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, MediaFolder
+from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, VIDEO_SECONDS, MediaFolder
 from dora_vl.data.samples import BadSampleLedger, write_skipped
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import (
