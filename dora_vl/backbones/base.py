@@ -37,16 +37,16 @@ class Backbone(nn.Module, Generic[Model]):
 class Features(NamedTuple):
     """The positions of a batch that predict a label, one after another, and what they predict.
 
-    `targets` are the token ids one position later; `rows` says which row of the batch each comes from, so
-    that a head can normalise per sample. Without labels there is one position per row, its last, and `targets` is -100
-    there. `losses` are the labels' cross-entropy; `logits` are kept where they are asked for. A tuple, because
-    DeepSpeed's ZeRO-3 hooks look for tensors in tuples and not in other classes.
+    `targets` are the token ids one position later; `samples` says which sample of the batch each belongs to, so that a
+    loss can normalise per sample. Without labels there is one position per row, its last, and `targets` is -100 there.
+    `losses` are the labels' cross-entropy; `logits` are kept where they are asked for. A tuple, because DeepSpeed's
+    ZeRO-3 hooks look for tensors in tuples and not in other classes.
     """
 
     hidden: Float[Tensor, "labelled width"]
     losses: Float[Tensor, " labelled"]
     targets: Int[Tensor, " labelled"]
-    rows: Int[Tensor, " labelled"]
+    samples: Int[Tensor, " labelled"]
     logits: Float[Tensor, "labelled vocab"] | None = None
 
 

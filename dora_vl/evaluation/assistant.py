@@ -339,7 +339,7 @@ class Assistant:
         """Computes the log-likelihood of each sample's labelled tokens."""
         features = self.labelled(samples, self.packing)
         sums = torch.zeros(len(samples), device=features.losses.device)
-        return sums.index_add_(0, features.rows, -features.losses).cpu()
+        return sums.index_add_(0, features.samples, -features.losses).cpu()
 
     def logits(
         self, example: Example, answer: str, media: MediaReader, decoding: Decoding

@@ -184,9 +184,9 @@ class Seq2SeqLoss(LossModel):
             divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
             loss = each.sum() / divisor
         else:
-            tokens = output.rows.bincount(minlength=len(labels)).clamp_min(1)
+            tokens = output.samples.bincount(minlength=len(labels)).clamp_min(1)
             weights = (sample_weights / tokens).to(each.dtype)
-            loss = (each * weights[output.rows]).sum()
+            loss = (each * weights[output.samples]).sum()
         return {"loss": self._with_idle_heads(loss, output.hidden, closed), "labelled_tokens": count}
 
     def _with_idle_heads(

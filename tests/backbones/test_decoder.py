@@ -98,8 +98,8 @@ def test_equal_to_transformers_on_each_row_alone(backbone: DecoderBackbone, fami
     for number, sample in enumerate(samples):
         alone = backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits[0]
         labelled = (sample.labels[1:] != IGNORED_LABEL).nonzero().flatten()
-        torch.testing.assert_close(output.logits[output.rows == number], alone[labelled], rtol=1e-4, atol=1e-4)
-        assert torch.equal(output.targets[output.rows == number], sample.labels[1:][labelled])
+        torch.testing.assert_close(output.logits[output.samples == number], alone[labelled], rtol=1e-4, atol=1e-4)
+        assert torch.equal(output.targets[output.samples == number], sample.labels[1:][labelled])
         torch.testing.assert_close(last.logits[number], alone[-1], rtol=1e-4, atol=1e-4)
 
 

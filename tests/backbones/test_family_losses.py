@@ -360,7 +360,7 @@ def kernel_losses(kernel: str, device: str, kinds: Sequence[Packing]) -> list[tu
         batch = send_to_device(inputs_of(Collator(0, packing=kind)(samples)), device)
         with torch.set_grad_enabled(differs):
             features = backbone(**batch)
-        sums = torch.zeros(len(samples), device=device).index_add(0, features.rows, features.losses)
+        sums = torch.zeros(len(samples), device=device).index_add(0, features.samples, features.losses)
         weight = model.get_decoder().layers[0].self_attn.k_proj.weight
         results.append((sums.detach(), torch.autograd.grad(sums.sum(), weight)[0] if differs else None))
     return results

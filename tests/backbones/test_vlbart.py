@@ -127,7 +127,7 @@ def test_labelled_positions_equal_the_whole_decoder() -> None:
     ).logits
     torch.testing.assert_close(output.logits, whole[labels != -100])
     assert backbone.shifted(labels)[0].tolist() == [2, int(labels[0, 0]), int(labels[0, 1]), 1]
-    assert output.rows.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert output.samples.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_padding_changes_nothing() -> None:

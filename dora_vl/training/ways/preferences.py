@@ -171,5 +171,5 @@ class PreferenceLoss(LossModel):
         """Returns the log-probability of each answer, and the number of its tokens."""
         features = self.backbone(**inputs)
         nothing = features.losses.new_zeros(count)
-        each = nothing.index_add(0, features.rows, -features.losses)
-        return each, nothing.index_add(0, features.rows, torch.ones_like(features.losses.detach()))
+        each = nothing.index_add(0, features.samples, -features.losses)
+        return each, nothing.index_add(0, features.samples, torch.ones_like(features.losses.detach()))

@@ -165,13 +165,13 @@ class RewardLoss(NextTokenLoss):
         features = self.backbone(**inputs)
         log_probs = -features.losses
         # A ratio of 1, so that the loss is of the advantages' size; its gradient is that of the log-probability.
-        each = -weights[features.rows] * (log_probs - log_probs.detach()).exp()
+        each = -weights[features.samples] * (log_probs - log_probs.detach()).exp()
         if self.reference is not None:
             kl = divergence(log_probs, before)
-            each = each + self.kl * token_weights[features.rows] * kl
+            each = each + self.kl * token_weights[features.samples] * kl
             noted["log_probs/kl"] = kl.detach().mean()
         drawn = drawn_log_probs.float()  # DeepSpeed's bfloat16 engine casts what goes in
-        of_answers = torch.zeros_like(drawn).index_add(0, features.rows, log_probs.detach().float())
+        of_answers = torch.zeros_like(drawn).index_add(0, features.samples, log_probs.detach().float())
         noted["log_probs/gap"] = (of_answers - drawn).abs().mean()
         count = torch.tensor(len(log_probs), device=log_probs.device)
         divisor = 1 if num_items_in_batch is None else num_items_in_batch

@@ -85,4 +85,4 @@ class NextTokenLoss(LossModel):
         if not len(numbers):
             return {}
         assert features.logits is not None
-        return {"expected": Expected(numbers, features.logits[features.rows.argsort(stable=True)])}
+        return {"expected": Expected(numbers, features.logits[features.samples.argsort(stable=True)])}
