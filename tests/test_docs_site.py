@@ -5,7 +5,7 @@ Every function on design.md's paths, of a row and of an answer, is where the pag
 
 from __future__ import annotations
 
-import ast
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-BESIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md")]
+BESIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "configs/README.md")]
 PROGRAM = Path(sys.executable).parent / "zensical"
 FETCHED = re.compile(
     r"""(?:src|href)="(?:https?:)?//[^"]+\.(?:js|css|woff2?|png|svg)[^"]*"|url\(["']?(?:https?:)?//[^)]*\)"""
@@ -59,17 +59,32 @@ def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path: Path) -> None:
         assert FETCHED.findall(file.read_text(encoding="utf-8")) == [], file.name
 
 
+FENCES = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+FOLDERS = ("dora_vl", "tests", "benchmarks", "tasks", "data_prep", "configs", "docs")
+PACKAGES = tuple(path.name for path in (ROOT / "dora_vl").iterdir() if path.is_dir())
+PATH = re.compile(
+    rf"(?<![\w/.\-])((?:{'|'.join(FOLDERS)})/[\w/.\-]*|(?:{'|'.join(PACKAGES)})/(?:[a-z_]+/)*(?:[a-z_]+\.py)?)(?![\w/])"
+)
+NAME = re.compile(rf"(?<![\w/.\-])(?:{'|'.join(FOLDERS)})(?:\.[A-Za-z_]\w*)+")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE], ids=lambda page: page.name)
+def test_files_and_names_of_the_code_are_there(page: Path) -> None:
+    """Those of `code` in the text: `dora_vl/core/`, `core/linear.py`, `dora_vl.core.DoRAConfig`."""
+    code = "\n".join(re.findall(r"`([^`\n]+)`", FENCES.sub("", page.read_text(encoding="utf-8"))))
+    missing = [
+        path for path in PATH.findall(code) if not ((ROOT / path).exists() or (ROOT / "dora_vl" / path).exists())
+    ]
+    assert missing == []
+    for name in NAME.findall(code):
+        if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file():
+            pkgutil.resolve_name(name)
+
+
 WAYS = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## Where things are added")[0]
 NAMES = sorted(set(re.findall(r"`([a-z_]+(?:\.\w+){2,})`", WAYS)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_function_is_there(name: str) -> None:
-    parts = name.split(".")
-    length = next(
-        n for n in range(1, len(parts)) if (ROOT / "dora_vl" / "/".join(parts[:n])).with_suffix(".py").is_file()
-    )
-    scope: ast.AST = ast.parse((ROOT / "dora_vl" / "/".join(parts[:length])).with_suffix(".py").read_text("utf-8"))
-    for part in parts[length:]:
-        kinds = (ast.FunctionDef, ast.ClassDef)
-        scope = next(node for node in ast.iter_child_nodes(scope) if isinstance(node, kinds) and node.name == part)
+    pkgutil.resolve_name(f"dora_vl.{name}")
