@@ -450,13 +450,13 @@ class DataSummary:
         """Yields the lines on how the rows are split."""
         media = {name: {self.pictures.keys[key] for row in rows for key in row.media} for name, rows in splits.items()}
         counts = {
-            name: f"{len(rows):,} rows about {len({key for row in rows for key in row.media}):,}"
+            name: f"{len(rows):,} rows about {len({key for row in rows for key in row.media}):,} {self.media}"
             for name, rows in splits.items()
         }
         train, test = ({row.split for row in splits[name]} for name in (TRAIN, TEST))
         chosen = "by their own split" if train.isdisjoint(test) else chosen
         for_loss = f"; to measure the loss on: {counts[VALIDATION]}" if VALIDATION in splits else ""
-        yield f"held out {chosen}: {counts[TEST]} {self.media}; to train on: {counts[TRAIN]}{for_loss}"
+        yield f"held out {chosen}: {counts[TEST]}; to train on: {counts[TRAIN]}{for_loss}"
         all_bad, kept = (
             sum(row.conversation.is_good is False for row in rows) for rows in (self.rows, chain(*splits.values()))
         )

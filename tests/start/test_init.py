@@ -461,7 +461,7 @@ def test_a_folder_a_class_is_its_answers_and_each_is_in_the_test(capsys: pytest.
     first, *lines = lines_of(capsys, "my", *ASK)
     assert first == "my: question/answer, 36 rows, 36 usable"
     assert "answers as they are named: circle 20, red_square 10, star 5, once 1" in lines
-    assert "held out by seed 0: 8 rows about 8 pictures; to train on: 28 rows about 28" in lines
+    assert "held out by seed 0: 8 rows about 8 pictures; to train on: 28 rows about 28 pictures" in lines
     assert answers("runs/my/test.jsonl") == {"circle": 4, "red_square": 2, "star": 1, "once": 1}
     row = rows_of(Path("runs/my/train.jsonl"))[0]
     assert (row["id"], row["image"]) == ("circle/0.png", "circle/0.png") or row["image"].startswith("circle/")
