@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset
 from PIL import Image
 
 from dora_vl.backbones.encoder import IGNORED_LABEL, open_encoder
@@ -129,6 +129,7 @@ OPTIONS: Mapping[str, str] = {
     "ScienceQA": "--ignore lecture,solution",
     "Flickr30k": "--ignore sentids",
     "DocVQA": "--ignore question_types",
+    "ChartQA": "--ignore human_or_machine",
     "RLHF-V": "--columns text.question=question,text.chosen=chosen,text.rejected=rejected",
     "Winoground": "--columns image_0=image,caption_0=caption --ignore image_1,caption_1",
 }
@@ -165,7 +166,10 @@ def test_a_public_set_is_read_with_what_is_printed(
     folder.mkdir()
     if name in SETS:
         path = folder / "train-00000-of-00001.parquet"
-        pq.write_table(pa.Table.from_pylist([SETS[name](number) for number in range(ROWS)]), path)
+        rows = Dataset(pa.Table.from_pylist([SETS[name](number) for number in range(ROWS)]))
+        if name == "ChartQA":
+            rows = rows.cast_column("human_or_machine", ClassLabel(names=["human", "machine"]))
+        rows.to_parquet(path)
     else:
         entries = [{"image_id": number, "id": 40 + number, "caption": answer(number)} for number in range(ROWS)]
         path = coco(folder, entries)
