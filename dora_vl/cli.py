@@ -8,39 +8,48 @@ import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dora_vl import __version__
 from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_line, short_repr
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "analyze": ("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
-    "ask": ("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
-    "check-data": ("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
-    "compare": ("dora_vl.report.compare_command", "methods and ranks of one recipe, each at its best rate"),
-    "convert": ("dora_vl.adapters.convert_command", "adapters of other tools"),
-    "demo": ("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
-    "doctor": ("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
-    "estimate": ("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
-    "evaluate": ("dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"),
-    "export": ("dora_vl.evaluation.export_command", "a trained model as vLLM serves it; checks it"),
-    "init": ("dora_vl.start.init", "your pictures and questions to the files of a first run"),
-    "merge": ("dora_vl.evaluation.merge_command", "base + adapter as a plain model folder; checks it"),
-    "prepare": ("dora_vl.data.prepare", "a publisher's files to records"),
-    "push": ("dora_vl.report.push_command", "a run's adapter to the hub, with a model card of what it scores"),
-    "quickstart": ("dora_vl.start.quickstart", "the demo: a small model fetched, trained, tested and merged"),
-    "replay": ("dora_vl.training.replay_command", "short chats that a base writes, so that a run keeps what it knows"),
-    "report": ("dora_vl.report.report", "a run, or several side by side, as one page"),
-    "serve": ("dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"),
-    "show": ("dora_vl.training.show_command", "the first batch of a run, its tokens by label"),
-    "train": ("dora_vl.training.train_command", "a run, from its settings to a tested adapter"),
+    "analyze": ("options:analyze", "what training changed: magnitudes and directions"),
+    "ask": ("evaluation.ask_command:add_arguments", "a model's answers about pictures or videos of your own"),
+    "check-data": ("data.check:add_arguments", "what is wrong with data files, before a run finds it"),
+    "compare": ("options:compare", "methods and ranks of one recipe, each at its best rate"),
+    "convert": ("options:convert", "adapters of other tools"),
+    "demo": ("serving.demo_command:add_arguments", "a web page: adapters and their base answer side by side"),
+    "doctor": ("start.doctor:add_arguments", "what this machine has for a run, and what is missing"),
+    "estimate": ("training.estimate_command:add_arguments", "memory, traffic and time of a run, before it starts"),
+    "evaluate": (
+        "evaluation.evaluate_command:add_arguments",
+        "official scores with intervals, of adapters and predictions",
+    ),
+    "export": ("options:export", "a trained model as vLLM serves it; checks it"),
+    "init": ("start.init:add_arguments", "your pictures and questions to the files of a first run"),
+    "merge": ("options:merge", "base + adapter as a plain model folder; checks it"),
+    "prepare": ("data.prepare:add_arguments", "a publisher's files to records"),
+    "push": ("options:push", "a run's adapter to the hub, with a model card of what it scores"),
+    "quickstart": ("start.quickstart:add_arguments", "the demo: a small model fetched, trained, tested and merged"),
+    "replay": (
+        "training.replay_command:add_arguments",
+        "short chats that a base writes, so that a run keeps what it knows",
+    ),
+    "report": ("options:report", "a run, or several side by side, as one page"),
+    "serve": (
+        "serving.serve_command:add_arguments",
+        "a base and adapters, unmerged in one batch, for OpenAI's clients",
+    ),
+    "show": ("training.show_command:add_arguments", "the first batch of a run, its tokens by label"),
+    "train": ("training.train_command:add_arguments", "a run, from its settings to a tested adapter"),
 }
-"""Maps each command to its module, which is imported when it is used, and to what `dora-vl --help` says of it.
+"""Maps each command to what reads its words, and to what `dora-vl --help` says of it.
 
-A module holds `DESCRIPTION` (what its own --help says), `add_arguments(parser)` and `run(arguments)`, which yields the
-lines to print as they are ready and finds what was typed as `arguments.words`. It may set `TAKES_SETTINGS` (a run's own
-settings may follow, which `run` finds as `arguments.settings`), `SETS_UP_LOGGING`, and `OPENS_BASES` (it reads a base's
-weights by transformers' classes, which must know composed towers).
+A function, in a module that is imported when it is used, describes the command to a parser, adds its options, and sets
+defaults: `work` makes the lines to print, as they are ready, and finds what was typed as `options.words`; it is named
+as `module:function` where its module is slow to import. With `takes_settings` a run's own settings may follow, which
+`work` finds as `options.settings`; with `logs` it sets up logging itself.
 """
 
 
@@ -71,25 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         nearest = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         raise UserError(f"no command {short_repr(name)}; did you mean {nearest!r}? dora-vl --help lists all")
-    module = import_module(COMMANDS[name][0])
-    parser = _Parser(
-        prog=f"dora-vl {name}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    module.add_arguments(parser)
-    if not getattr(module, "SETS_UP_LOGGING", False):
+    parser = _Parser(prog=f"dora-vl {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    _function(COMMANDS[name][0])(parser)
+    if not parser.get_default("logs"):
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if getattr(module, "TAKES_SETTINGS", False):  # what the parser does not know is a run's own setting
+    if parser.get_default("takes_settings"):  # what the parser does not know is a run's own setting
         options, options.settings = parser.parse_known_args(rest)
     else:
         options = parser.parse_args(rest)
-    if getattr(module, "OPENS_BASES", False):
-        from dora_vl.backbones import register_towers
-
-        register_towers()
     import_module("numpy")  # torch would import it where a Ctrl-C is lost
     options.words = rest
-    for line in module.run(options):
+    work = _function(options.work) if isinstance(options.work, str) else options.work
+    for line in work(options):
         print(line, flush=True)
+
+
+def _function(path: str) -> Any:
+    """Imports a function that is named as `module:function`."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(f"dora_vl.{module}"), name)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "dora_vl"
 LAYERS = (
     ("errors", "shapes"),
-    ("files", "yaml_files"),
+    ("files", "options", "yaml_files"),
     ("limited_process",),
     ("core",),
     ("data",),

@@ -5,7 +5,8 @@ Sources of the layouts: NVlabs/DoRA (`peft/tuners/dora.py`, `VL-T5/src/trainer_b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import argparse
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,9 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter
+from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter, write_adapter
 from dora_vl.adapters.compatibility import PEFT_PREFIX
-from dora_vl.adapters.files import CONFIG_FILE, TRAINED_IN, WEIGHTS_FILE, not_trained_in, read_peft_config, read_trained
+from dora_vl.adapters.files import (
+    CONFIG_FILE,
+    TRAINED_IN,
+    WEIGHTS_FILE,
+    not_trained_in,
+    read_peft_config,
+    read_trained,
+    refuse_to_replace_adapter,
+)
 from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, no_adapter
 from dora_vl.adapters.settings import READ_TYPES, new_config, own_recipe
 from dora_vl.core.trainable import kept_rows
@@ -117,6 +126,30 @@ def read_foreign_adapter(source: Path, options: ReadOptions) -> Adapter:
         return read_adapter(source)
     assert name is not None
     return to_adapter(tensors, LAYOUTS[name], config=config, options=options, source=str(source))
+
+
+def reading_options(arguments: argparse.Namespace) -> ReadOptions:
+    """Turns the options into those of `read_foreign_adapter`."""
+    pairs = [rename.partition("=") for rename in arguments.rename]
+    if any(not old or not equals for old, equals, _ in pairs):
+        raise UserError(f"--rename {arguments.rename}: write OLD=NEW, e.g. --rename model.=model.language_model.")
+    return ReadOptions(
+        format=arguments.format,
+        base=arguments.base,
+        alpha=arguments.alpha,
+        renames=tuple((old, new) for old, _, new in pairs),
+    )
+
+
+def convert(arguments: argparse.Namespace) -> Iterator[str]:
+    """Converts an adapter and yields the lines to print."""
+    source, target = arguments.source, arguments.to
+    if target.resolve() in (source.resolve(), source.resolve().parent):
+        raise UserError(f"--to {target} is where the adapter is read from; name another folder")
+    refuse_to_replace_adapter(target)
+    adapter = read_foreign_adapter(source, reading_options(arguments))
+    write_adapter(adapter, target)
+    yield f"{target}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"
 
 
 def known_format(tensors: Mapping[str, Tensor], source: str) -> str:

@@ -322,6 +322,8 @@ WORDS, TOKENS = 1_500, 2_048
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl check-data`."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run)
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of them")
     add("--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; not checked if left out")

@@ -220,6 +220,8 @@ class Records:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl prepare`."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run)
     parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="one of the list above")
     parser.add_argument("--from", dest="folder", type=Path, required=True, metavar="FOLDER", help="the published files")
     parser.add_argument("--to", type=Path, default=Path("records"), metavar="FOLDER", help="default: records")

@@ -39,6 +39,8 @@ OF_VIDEOS = {"start": None, "end": None, "frames": 8, "choice": [], "subtitle": 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl ask`."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run)
     add_options(parser)
     add_picture_options(parser)
     add_video_options(parser)

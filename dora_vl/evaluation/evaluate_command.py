@@ -58,6 +58,8 @@ in it while they are true.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run)
     add = parser.add_argument
     add("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
     answers = parser.add_mutually_exclusive_group(required=True)

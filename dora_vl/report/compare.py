@@ -1,7 +1,8 @@
-"""The runs of a comparison, each in a folder of its own, and what they say together."""
+"""`dora-vl compare`: the runs of a comparison, each in a folder of its own, and what they say together."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import logging
@@ -27,6 +28,7 @@ from dora_vl.files import read_json, whole_file, whole_folder, write_json
 from dora_vl.report.contrasts import LEAST_SEEDS, UNTRAINED, Contenders, Estimate, Measure
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, is_tested, read_log
 from dora_vl.run.settings import foreign_fields, settings_of
+from dora_vl.run.settings_parser import read_run
 
 log = logging.getLogger(__name__)
 
@@ -257,9 +259,6 @@ def stepped(rate: float, steps: int) -> float:
     return float(f"{rate * 10 ** (steps / 2):.2g}")
 
 
-# The result.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """Holds what one contender reached.
@@ -477,3 +476,27 @@ def draw_losses(results: Sequence[Result], to: Path) -> None:
             axes.plot(*zip(*pairs, strict=True), color=colour, marker="o", alpha=0.8, label=result.name)
     axes.legend(frameon=False, fontsize=8)
     save_png(figure, to)
+
+
+def compare(options: argparse.Namespace) -> Iterator[str]:
+    """Runs what is missing, then yields the table."""
+    words = [f"--config={options.config}", *options.settings]
+    config = read_run(words, program="dora-vl compare")
+    rates = options.rates
+    if sweep := rates is None:
+        rate = float(config.training.get("learning_rate", 0.0))
+        if not rate:
+            raise UserError("--rates sweep goes around training.learning_rate, which is not set; name rates")
+        rates = [stepped(rate, steps) for steps in (-1, 0, 1)]
+    ranks = options.ranks or [config.adapter.rank]
+    contenders = [
+        Contender(method, rank)
+        for method in options.methods
+        for rank in (ranks if method not in ("magnitude", "full") else [None])
+    ]
+    strengths = [0.0, *options.strengths] if options.strengths else []
+    comparison = Comparison(
+        words, config, options.to, contenders, rates, options.seeds, sweep, options.untrained, strengths
+    )
+    yield from comparison.run()
+    yield from write_report(comparison)

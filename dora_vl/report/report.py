@@ -1,4 +1,4 @@
-"""A run as one HTML file, gathered part by part; a part without data is replaced by a sentence.
+"""`dora-vl report`: a run as one HTML file, gathered part by part; a part without data is replaced by a sentence.
 
 Templates escape every text; style and script are inside, and nothing in the page asks any host.
 """
@@ -11,16 +11,33 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dora_vl import __version__
+from dora_vl.data.example import Clip
 from dora_vl.errors import UserError
+from dora_vl.evaluation.forgetting import forgetting_lines
+from dora_vl.evaluation.plots import plain_text, series
+from dora_vl.evaluation.results import SetResult
 from dora_vl.files import SETS, whole_file
-
-if TYPE_CHECKING:
-    from dora_vl.evaluation.results import SetResult
-    from dora_vl.report.run_record import Results, RunRecord
-    from dora_vl.report.views import InlinePictures
+from dora_vl.report.charts import curves
+from dora_vl.report.run_record import (
+    Results,
+    RunRecord,
+    blind,
+    confusion,
+    is_accuracy,
+    low_and_high,
+    questions_of,
+    read_record,
+    read_tests,
+    score_rows,
+)
+from dora_vl.report.views import InlinePictures, setting_tables, watched_tables
+from dora_vl.run.folder import DRAWN, SETTINGS, read_log
+from dora_vl.run.watched_questions import evenly
 
 MOST_ANSWERS, DRAWN_ROWS = 40, 8
 SECTIONS = (
@@ -38,10 +55,6 @@ SECTIONS = (
 
 def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Reads, scores and draws all that the template shows."""
-    from dora_vl.report.charts import curves
-    from dora_vl.report.run_record import blind, confusion, questions_of, read_tests, score_rows
-    from dora_vl.report.views import InlinePictures, setting_tables, watched_tables
-
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
     tests: list[Results] = []
@@ -90,9 +103,6 @@ def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 def _drawn(folder: Path) -> list[dict[str, Any]]:
     """Returns some questions with the answers that were drawn to them, the rewards, and how often each came."""
-    from dora_vl.run.folder import DRAWN, read_log
-    from dora_vl.run.watched_questions import evenly
-
     rows = evenly(read_log(folder / DRAWN), DRAWN_ROWS)
     counts = [Counter((answer["text"], answer["reward"]) for answer in row["answers"]) for row in rows]
     return [{**row, "answers": count.most_common()} for row, count in zip(rows, counts, strict=True)]
@@ -100,9 +110,6 @@ def _drawn(folder: Path) -> list[dict[str, Any]]:
 
 def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
     """Returns answers of a run to one set, with their pictures: wrong or low ones, then right or high ones."""
-    from dora_vl.data.example import Clip
-    from dora_vl.report.run_record import is_accuracy, low_and_high
-
     halves = low_and_high(result)
     folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
     root = None if folder is None else run.path(folder)
@@ -123,8 +130,6 @@ def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dic
 
 
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
-    from dora_vl.evaluation.forgetting import forgetting_lines
-    from dora_vl.evaluation.plots import series
 
     adapter, last = run.section("adapter"), run.log[-1]
     (_, losses), (_, checked) = (series(run.log, key) for key in ("loss", "eval_loss"))
@@ -152,8 +157,6 @@ def _head(run: RunRecord, results: Results) -> dict[str, Any]:
 
 def _again(run: RunRecord) -> str:
     """Returns the command that repeats a run from its settings, into another folder."""
-    from dora_vl.run.folder import SETTINGS  # it imports torch: not for --help
-
     ranks = run.plan.get("ranks")
     launcher = ["dora-vl"]
     if isinstance(ranks, int) and ranks > 1:
@@ -186,31 +189,8 @@ def _data(run: RunRecord) -> dict[str, Any]:
     }
 
 
-DESCRIPTION = """\
-Makes one HTML file of a run, or of several side by side: scores with 95 % intervals and paired differences, curves,
-the watched questions through training, wrong and right answers with their pictures, confusion of closed answers,
-what trained, settings and versions. It opens without a network.
-
-  dora-vl report runs/demo
-  dora-vl report runs/lora runs/dora --to comparison.html
-
-A part that a run holds nothing for says so. The first run is the one that others are compared with. What training
-changed in the weights is drawn by dora-vl analyze.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `dora-vl report`."""
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its training.output_dir")
-    where = "default: report.html in the run's folder, of several beside the first"
-    parser.add_argument("--to", type=Path, metavar="FILE.html", help=where)
-    parser.add_argument("--label", action="append", metavar="TEXT", help="one for each RUN; default: its folder's name")
-
-
-def run(arguments: argparse.Namespace) -> Iterator[str]:
+def report(arguments: argparse.Namespace) -> Iterator[str]:
     """Reads, draws, writes; yields the lines to print."""
-    from dora_vl.report.run_record import read_record
-
     folders = list(arguments.runs)
     if arguments.label is not None and len(arguments.label) != len(folders):
         raise UserError(f"{len(folders)} times RUN and {len(arguments.label)} times --label; give one for each")
@@ -229,10 +209,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 def page(report: Mapping[str, Any]) -> str:
     """Returns the page, every text of it escaped; halves of surrogate pairs become the sign for the unknown."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    from dora_vl.evaluation.plots import plain_text
-
     loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     template = Environment(loader=loader, undefined=StrictUndefined, **options).get_template("report.html.j2")

@@ -44,6 +44,8 @@ cannot come, or with --train. docs/serving.md says more.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run)
     add_model_options(parser)
     add_address(parser, port=7860)
     parser.add_argument(

@@ -42,6 +42,8 @@ docs/serving.md says what cannot be served.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run)
     parser.add_argument("--model", help="the base: a folder or hub id (default: the first adapter's)")
     parser.add_argument("--base-name", help="what clients call the base (default: its folder's name)")
     parser.add_argument("--any-base", action="store_true", help="accepts another base than an adapter was trained on")

@@ -34,6 +34,8 @@ PROGRAMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`dora-vl doctor` has no options."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run)
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:

@@ -66,6 +66,8 @@ LARGE = 1e9  # parameters of a base that is not read on a CPU before a run asks 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl init`."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run)
     add, bases = parser.add_argument, "the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM"
     add("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
     add("--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER with questions")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dora_vl import options
 from dora_vl.errors import UserError
-from dora_vl.evaluation import merge_command
 from dora_vl.files import file_sha256, json_or_nothing, whole_folder, write_json
 
 DESCRIPTION = """\
@@ -33,7 +33,6 @@ same command resumes; finished, it changes nothing.
 
 Settings of the run may follow, --section.key value; `dora-vl train llava/easyvqa_smollm2_dora --help` explains them.
 """
-TAKES_SETTINGS = SETS_UP_LOGGING = True
 RECIPE = "llava/easyvqa_smollm2_dora"
 ASSET_FOLDER, DATA_FOLDER = Path("runs/demo/assets"), Path("runs/demo/data")
 NAMES_FOLDER = Path("runs/demo-names/data")
@@ -42,6 +41,8 @@ TUNED = "tuned"  # the folder of the run that base and adapter are merged into
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; all other arguments are read as the run's settings."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run, takes_settings=True, logs=True)
     parser.add_argument("--fetch-only", action="store_true", help="downloads and unpacks, and ends")
     parser.add_argument("--names", action="store_true", help="the demo that names things")
 
@@ -74,14 +75,15 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 def merged(folder: Path, question: str) -> Iterator[str]:
     """Merges a run's adapter unless that was done already; yields the lines to print, with the next steps."""
     from dora_vl.adapters.files import WEIGHTS_FILE
+    from dora_vl.evaluation import merging
     from dora_vl.run.folder import ADAPTER
 
     adapter, tuned = folder / ADAPTER, folder / TUNED
     weights = tuned / "model.safetensors"
     if not weights.is_file() or weights.stat().st_mtime < (adapter / WEIGHTS_FILE).stat().st_mtime:
         parser = argparse.ArgumentParser()
-        merge_command.add_arguments(parser)
-        yield from merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(tuned)]))
+        options.merge(parser)
+        yield from merging.merge(parser.parse_args(["--adapter", str(adapter), "--to", str(tuned)]))
     yield f"""
 The adapter is in {adapter}, its scores in {folder}/metrics.json, pictures of the run in
 {folder}/loss_curve.png and {folder}/contact_sheet.png. All of it on one page: dora-vl report {folder}

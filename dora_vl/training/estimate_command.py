@@ -29,12 +29,13 @@ the GPUs' peak and the links' speed. The model is made from only its config, on 
 What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/starting.md
 says what is left out.
 """
-TAKES_SETTINGS = True
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; a run's own settings may come between them."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run, takes_settings=True)
     amount, share = number_between(float, 1e-9, 1e9), number_between(float, 1e-9, 1)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument(

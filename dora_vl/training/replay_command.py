@@ -16,11 +16,12 @@ once for each base and kept. Minutes on two CPU cores.
 
 CONFIG is a file or a recipe's name; after it any setting of the run, --section.key value.
 """
-TAKES_SETTINGS = SETS_UP_LOGGING = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's option; a run's own settings may follow."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run, takes_settings=True, logs=True)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
 
 

@@ -26,13 +26,14 @@ picture, or padding. The base's weights are not read (a base that a recipe compo
 
 CONFIG is a file or a recipe's name; after it any setting of the run, --section.key value.
 """
-TAKES_SETTINGS = True
 ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end", "eval_strategy", "optim")
 """These fields of `training:` change no batch and ask for devices, packages or weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; a run's own settings may come between them."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run, takes_settings=True)
     parser.add_argument("what", choices=("batch",), help="what to show")
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
 

@@ -39,7 +39,6 @@ After CONFIG any setting may follow, --section.key value.
 Writes adapter/, log.jsonl, metrics.json and checkpoints to training.output_dir; --resume last resumes from the last
 checkpoint.
 """
-SETS_UP_LOGGING = True
 SCRIPT = """\
 It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`, `metrics.json`, of a test
 `predictions.jsonl`, and checkpoints to training.output_dir; `--resume last` resumes from the last checkpoint.
@@ -48,6 +47,8 @@ It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`, `m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; what follows CONFIG is read as the run's settings."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(work=run, logs=True)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("settings", nargs=argparse.REMAINDER, metavar="...", help="--variant NAME, --section.key value")
 

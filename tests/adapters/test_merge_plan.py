@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dora_vl import merge_dora
+from dora_vl import merge_dora, options
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.decomposition import Saved, opened
 from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.merge import MergedWeights, merge_to_folder
 from dora_vl.errors import UserError
-from dora_vl.evaluation import merge_command
+from dora_vl.evaluation import merging
+from dora_vl.evaluation.analyze import Saved, opened
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_language import write_tiny_language
 
@@ -134,8 +134,8 @@ def test_a_copy_of_another_weight_is_no_base(tmp_path: Path, bases: dict[bool, P
 
 def merged_by_verb(*words: str) -> list[str]:
     parser = ArgumentParser()
-    merge_command.add_arguments(parser)
-    return list(merge_command.run(parser.parse_args(list(words))))
+    options.merge(parser)
+    return list(merging.merge(parser.parse_args(list(words))))
 
 
 def test_the_verb_compares_what_it_wrote(

@@ -24,7 +24,7 @@ from dora_vl.backbones.specs import ComposeSpec, TowerSpec, VlBartSpec
 from dora_vl.backbones.tower_sources import compose_llava, load_transformers
 from dora_vl.backbones.vlbart import _language, load_vlbart
 from dora_vl.cli import main
-from dora_vl.evaluation.merge_check import _opened
+from dora_vl.evaluation.merging import _opened
 from dora_vl.serving.model import open_served
 from dora_vl.training.extras import replay
 from tests.backbones.conftest import small_clip

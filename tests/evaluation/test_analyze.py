@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import read_adapter
-from dora_vl.adapters.decomposition import Panel, Point
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.core.analysis import WeightChange, change_of_blocks
+from dora_vl.evaluation.analyze import Panel, Point
 from tests.adapters.foreign_files import DOWN, Q, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 

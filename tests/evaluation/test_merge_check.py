@@ -78,7 +78,7 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
 
 
 def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
-    merge = merging_module.merge
+    merge = merging_module.write_merged
 
     def wrong(plan: Any, arguments: Any) -> Iterator[str]:
         yield from merge(plan, arguments)
@@ -88,7 +88,7 @@ def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
         noise = torch.randn(weights[key].shape, generator=torch.Generator().manual_seed(0))
         save_file({**weights, key: weights[key] + 30 * noise}, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(merging_module, "merge", wrong)
+    monkeypatch.setattr(merging_module, "write_merged", wrong)
 
 
 def test_a_merge_that_answers_otherwise_fails_with_status_1(folders: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -210,7 +210,7 @@ def test_a_merge_whose_rounding_turns_routers_is_right(routed: Path, tmp_path: P
 @pytest.mark.parametrize("layer", ["q_proj", "o_proj"])
 def test_a_wrong_merge_of_routed_experts_is_refused(routed: Path, tmp_path: Path, monkeypatch: Any, layer: str) -> None:
     """One of its layers stays without its adapter."""
-    merge, name = merging_module.merge, f"model.layers.2.self_attn.{layer}.weight"
+    merge, name = merging_module.write_merged, f"model.layers.2.self_attn.{layer}.weight"
 
     def forgetful(plan: Any, arguments: Any) -> Iterator[str]:
         yield from merge(plan, arguments)
@@ -218,6 +218,6 @@ def test_a_wrong_merge_of_routed_experts_is_refused(routed: Path, tmp_path: Path
         before = load_file(routed / "base" / "model.safetensors")[name]
         save_file({**load_file(file), name: before}, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(merging_module, "merge", forgetful)
+    monkeypatch.setattr(merging_module, "write_merged", forgetful)
     assert exit_status("merge", "--adapter", routed / "adapter", "--to", tmp_path / "merged") == 1
     assert not check_of(tmp_path / "merged")["passed"]

@@ -36,7 +36,7 @@ from dora_vl.evaluation.scores.scored import ACCURACY, Tally
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet
 from dora_vl.files import clear_leftovers
 from dora_vl.report import compare
-from dora_vl.report.push_command import HUB
+from dora_vl.report.push import HUB
 from dora_vl.run.settings_parser import read_run_file
 from dora_vl.start import init as start_init
 from dora_vl.training.run import run

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dora_vl.cli import main
-from dora_vl.report.push_command import without_folder
+from dora_vl.report.push import without_folder
 from tests.report.conftest import HOSTILE
 
 REPOSITORY = "someone/shapes"

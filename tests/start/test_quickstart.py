@@ -17,7 +17,7 @@ import pytest
 
 from dora_vl.cli import main
 from dora_vl.errors import UserError
-from dora_vl.evaluation import merge_command
+from dora_vl.evaluation import merging
 from dora_vl.start import easy_vqa, names, quickstart
 from dora_vl.start.names import ARTISTS, CATEGORY, NAME, NOUNS, UNSEEN, convert, things
 from dora_vl.start.quickstart import Asset, fetch
@@ -51,7 +51,7 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(easy_vqa, "convert", lambda source, to: steps.append(f"convert {source} {to}"))
     monkeypatch.setattr(names, "convert", lambda source, to: steps.append(f"names {source} {to}"))
     monkeypatch.setattr(train_command, "train", train)
-    monkeypatch.setattr(merge_command, "run", merge)
+    monkeypatch.setattr(merging, "merge", merge)
     return steps
 
 

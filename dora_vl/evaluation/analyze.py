@@ -1,11 +1,13 @@
-"""The paper's weight decomposition over whole models: a panel for each model, a point for each layer and checkpoint.
+"""`dora-vl analyze`: how training changed the weights, in magnitude and in direction (the DoRA paper, section 3).
 
-A tuned model is a plain model folder, an adapter folder, or a run's checkpoints of either. Nothing is merged on disk: a
-layer's weight after training comes as blocks of rows beside the base's rows.
+A panel for each model, a point for each layer and checkpoint. A tuned model is a plain model folder, an adapter folder,
+or a run's checkpoints of either. Nothing is merged on disk: a layer's weight after training comes as blocks of rows
+beside the base's rows.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,20 +19,30 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from torch import Tensor
+from tqdm import tqdm
 
 from dora_vl.adapters.adapter import Factors, read_adapter, refuse_other_base
 from dora_vl.adapters.base_weights import WEIGHTS, BaseWeights, holds_weights
 from dora_vl.adapters.files import CONFIG_FILE, complete_checkpoints, step_of
 from dora_vl.adapters.folder import INNER
 from dora_vl.adapters.merge import factors_for_base
+from dora_vl.backbones import register_towers
 from dora_vl.core import functional
 from dora_vl.core.analysis import FittedLine, VectorAxis, WeightChange, change_of_blocks, fit_line
 from dora_vl.errors import UserError
+from dora_vl.evaluation.plots import INK, PLAIN_TEXT, VALIDATION, new_figure, plain_axes, plain_text, save_png
+from dora_vl.files import write_json
 from dora_vl.shapes import Float
 
 PAPER: Mapping[str, float] = {"full": -0.62, "model": -0.62, "lora": 0.83, "dora": -0.31}
 """Maps a method to the correlation of dM and dD over VL-BART's query weights (figure 2); the sign is the claim."""
+MARKERS = "oDs^vP*X<>"
+PANEL_WIDTH, HEIGHT = 4.2, 4.6  # inches
+LEGEND_ENTRIES = 8
 DRAWS, LEAST_LAYERS = 1000, 5
 Blocks = Iterator[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]]
 
@@ -271,3 +283,80 @@ def as_json(panels: Sequence[Panel], base: Path, axis: VectorAxis) -> dict[str, 
         for panel in panels
     ]
     return {"base": str(base), "axis": axis, "panels": rows}
+
+
+def draw_panels(panels: Sequence[Panel], layers: Sequence[str], to: Path) -> None:
+    """Draws every panel side by side, each with its own scales: colour is a layer's depth, marker a checkpoint."""
+    figure = new_figure(PANEL_WIDTH * len(panels) + 1.2, HEIGHT)
+    figure.set_layout_engine("constrained")
+    depth = {layer: index for index, layer in enumerate(layers)}
+    all_axes = [figure.add_subplot(1, len(panels), number + 1) for number in range(len(panels))]
+    for axes, panel in zip(all_axes, panels, strict=True):
+        _draw_panel(axes, panel, depth)
+    all_axes[0].set_ylabel("magnitude change ΔM", color=INK)
+    colours = ScalarMappable(Normalize(0, max(len(layers) - 1, 1)), "viridis")
+    bar = figure.colorbar(colours, ax=all_axes, pad=0.02, aspect=30)
+    bar.set_label("layer, in the model's order", color=INK)
+    bar.ax.tick_params(colors=INK, length=0)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue] - matplotlib types it as a patch's spine
+    save_png(figure, to)
+
+
+def _draw_panel(axes: Axes, panel: Panel, depth: Mapping[str, int]) -> None:
+    spacing = -(-len(panel.steps) // LEGEND_ENTRIES)  # of many checkpoints the legend has a few that are evenly spread
+    for number, step in enumerate(panel.steps):
+        points = [point for point in panel.points if point.step == step]
+        axes.scatter(
+            [point.change.direction for point in points],
+            [point.change.magnitude for point in points],
+            c=[depth[point.layer] for point in points],
+            vmin=0,
+            vmax=max(len(depth) - 1, 1),
+            marker=MARKERS[number % len(MARKERS)],
+            s=26,
+            alpha=0.8,
+            linewidths=0,
+            label=str(step) if number % spacing == 0 else None,
+        )
+    plain_axes(axes, "direction change ΔD", "")
+    axes.margins(0.06)
+    axes.set_axisbelow(True)
+    axes.ticklabel_format(scilimits=(-3, 3))
+    line = panel.line
+    if line is not None:
+        directions = [point.change.direction for point in panel.points]
+        ends = [min(directions), max(directions)]
+        heights = [line.intercept + line.slope * end for end in ends]
+        axes.plot(ends, heights, color=VALIDATION, linewidth=2)
+    title = plain_text(f"{panel.label}\n" + panel.numbers().replace(", ", ",\n"))
+    axes.set_title(title, color=INK, fontsize=11, linespacing=1.4, **PLAIN_TEXT)
+    if len(panel.steps) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, title="step", title_fontsize=8)
+
+
+def analyze(arguments: argparse.Namespace) -> Iterator[str]:
+    """Measures, draws and writes; yields the lines to print."""
+    register_towers()
+    paths, labels = arguments.tuned, arguments.label
+    if labels is not None and len(labels) != len(paths):
+        raise UserError(f"{len(paths)} times TUNED and {len(labels)} times --label; give one for each")
+    named = zip(labels or [str(path) for path in paths], paths, strict=True)
+    requests = [Request(label, path, saved_in(path)) for label, path in named]
+    if not arguments.to.resolve().parent.is_dir():
+        raise UserError(f"--to {arguments.to}: there is no folder {arguments.to.resolve().parent}")
+    with BaseWeights(arguments.base) as base:
+        if not arguments.any_base:
+            for request in requests:
+                request.saved[-1].check_base(base)
+        layers = layers_to_compare(requests, base, arguments.layers)
+        yield f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+        total = len(layers) * sum(len(request.saved) for request in requests)
+        with tqdm(total=total, desc="comparing", unit="layer") as bar:
+            panels = [measured(request, base, layers, axis=arguments.axis, done=bar.update) for request in requests]
+    for panel in panels:
+        unchanged = f", {panel.unchanged} unchanged" if panel.unchanged else ""
+        yield f"{panel.label} ({panel.method}): {panel.numbers()} over {len(panel.points)} points{unchanged}"
+    picture, numbers_file = (arguments.to.with_name(f"{arguments.to.name}{suffix}") for suffix in (".png", ".json"))
+    draw_panels(panels, layers, picture)
+    write_json(numbers_file, as_json(panels, arguments.base, arguments.axis))
+    yield f"{picture}, {numbers_file}"

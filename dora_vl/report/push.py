@@ -7,46 +7,28 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, StrictUndefined
+
+from dora_vl.adapters.files import FILES
 from dora_vl.errors import UserError, one_line
+from dora_vl.evaluation.forgetting import forgetting_lines
 from dora_vl.files import METRICS, whole_folder
+from dora_vl.report.run_record import RunRecord, blind, read_record, read_tests, score_rows
+from dora_vl.report.views import setting_tables
+from dora_vl.run.folder import ADAPTER
 
-if TYPE_CHECKING:
-    from dora_vl.report.run_record import RunRecord
-
-DESCRIPTION = """\
-Puts a run's adapter on the Hugging Face hub, with a model card made of the run: how it was trained, scores with 95 %
-intervals beside what a model that does not look would score, what it forgot, and the contact sheet. Log in before, with
-`hf auth login`, or set HF_TOKEN.
-
-  dora-vl push runs/my OWNER/NAME --dry-run       writes runs/my/hub, to be looked at, and ends
-  dora-vl push runs/my OWNER/NAME                 uploads it to a private repository, which is made if it is not there
-  dora-vl push runs/my OWNER/NAME --public --license apache-2.0
-"""
 HUB, CARD, CONTACT_SHEET = "hub", "README.md", "contact_sheet.png"
 TASKS = {"llava": "image-text-to-text", "image_text": "image-text-to-text", "commonsense": "text-generation"}
 """Maps a run's task to the hub's name of it."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `dora-vl push`."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, its training.output_dir")
-    parser.add_argument("repository", metavar="OWNER/NAME", help="where it goes on the hub")
-    parser.add_argument("--dry-run", action="store_true", help="writes the folder that would be uploaded, and ends")
-    parser.add_argument("--public", action="store_true", help="makes a new repository public; default: private")
-    parser.add_argument("--license", metavar="ID", help="the hub's name of the adapter's licence, such as apache-2.0")
-    parser.add_argument("--no-pictures", action="store_true", help="leaves out the contact sheet, the test's pictures")
-
-
-def run(arguments: argparse.Namespace) -> Iterator[str]:
+def push(arguments: argparse.Namespace) -> Iterator[str]:
     """Writes the folder and uploads it; yields the lines to print."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
-    from huggingface_hub.utils import validate_repo_id
-
-    from dora_vl.report.run_record import read_record
-
     repository = arguments.repository
     try:
         validate_repo_id(repository)
@@ -74,9 +56,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 def write_folder(run: RunRecord, repository: str, *, licence: str | None, pictures: bool) -> Path:
     """Writes what is uploaded into the run's folder `hub`: the adapter, its scores, the card and the contact sheet."""
-    from dora_vl.adapters.files import FILES
-    from dora_vl.run.folder import ADAPTER
-
     adapter = run.folder / ADAPTER
     if not adapter.is_dir():
         raise UserError(f"{run.folder}: it has no adapter yet; train to the end first")
@@ -91,13 +70,6 @@ def write_folder(run: RunRecord, repository: str, *, licence: str | None, pictur
 
 def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: bool) -> str:
     """Returns the README of the repository, with the hub's own block of facts in front."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-    from jinja2 import Environment, StrictUndefined
-
-    from dora_vl.evaluation.forgetting import forgetting_lines
-    from dora_vl.report.run_record import blind, read_tests, score_rows
-    from dora_vl.report.views import setting_tables
-
     tests, missing = read_tests(run)
     results = {**tests, **run.benchmarks}
     base, task = str(run.section("model").get("base")), TASKS.get(str(run.settings.get("task")))
