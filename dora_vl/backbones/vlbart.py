@@ -25,7 +25,8 @@ from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.foreign_formats import ADDED_ROWS, ALIASES, EMBEDDING
 from dora_vl.backbones.base import Attention, Backbone, Features, max_positions
 from dora_vl.backbones.generation import ScoreWatch
-from dora_vl.backbones.loading import load_pretrained, written_base
+from dora_vl.backbones.loading import load_pretrained, load_tokenizer, written_base
+from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.specs import VlBartSpec
 from dora_vl.backbones.tower_sources import measured, small_tokenizer, standardise, texts_of
 from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration, joint_mask
@@ -224,6 +225,14 @@ def vlbart_config(folder: str | Path) -> VlBartConfig:
     """Reads the config of a VL-BART's folder."""
     with _opening(folder):
         return VlBartConfig.from_pretrained(folder)
+
+
+def vlbart_encoder(folder: str | Path, *, subtitles_first: bool) -> Seq2SeqEncoder:
+    """Returns what encodes the texts of the VL-BART in a folder."""
+    tokenizer = load_tokenizer(str(folder))
+    return Seq2SeqEncoder(
+        tokenizer, subtitles_first=subtitles_first, max_positions=max_positions(vlbart_config(folder))
+    )
 
 
 def load_vlbart(

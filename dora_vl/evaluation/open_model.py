@@ -18,7 +18,7 @@ from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter, no_adapter
 from dora_vl.adapters.settings import check_peft_fields
-from dora_vl.backbones.base import Attention, Backbone, max_positions, model_type_of, why_refused
+from dora_vl.backbones.base import Attention, Backbone, model_type_of, why_refused
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.families.formats import FORMATS, OWN_TEMPLATE, PROMPTS, TEMPLATES
 from dora_vl.backbones.model import open_backbone
@@ -280,9 +280,7 @@ def with_adapter(
 
 def _open_vlbart(source: ModelSource) -> OpenedModel:
     from dora_vl.backbones.feature_encoder import open_encoders
-    from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.pieces import Seq2SeqEncoder
-    from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads
+    from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads, vlbart_encoder
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
     from dora_vl.evaluation.vlbart_tasks import Subtask, all_subtasks, closed, with_input_tokens
 
@@ -306,11 +304,7 @@ def _open_vlbart(source: ModelSource) -> OpenedModel:
 
     first = VlBartAssistant(
         backbone=adapted,
-        encoder=Seq2SeqEncoder(
-            load_tokenizer(base),
-            subtitles_first=trained_with["subtitles_first"],
-            max_positions=max_positions(adapted.config),
-        ),
+        encoder=vlbart_encoder(base, subtitles_first=trained_with["subtitles_first"]),
         features=open_encoders(adapter, recipe, device=device, any_tower=request.any_base),
         subtasks=subtasks(lists),
         feature_tokens=recipe["feature_tokens"],

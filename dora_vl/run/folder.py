@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -282,12 +282,18 @@ TOO_LITTLE_BYTES = 1 << 20
 """With less room than this a failed write counts as the disk's fault, whatever the library says."""
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """Names the last whole checkpoint of a run folder."""
+    checkpoints = complete_checkpoints(folder)
+    return checkpoints[-1].name if checkpoints else None
+
+
 @contextlib.contextmanager
-def full_disk_reported(folder: Path, what: str, kept: Callable[[], str | None]) -> Iterator[None]:
+def full_disk_reported(folder: Path, what: str) -> Iterator[None]:
     """Turns a library's write errors into one `UserError` if the disk is full or read-only, or a file size limited.
 
     torch.save raises a RuntimeError without the word, safetensors an error of its own class with it. `what` is being
-    written to the folder; `kept` names the last whole checkpoint.
+    written to the run folder.
     """
     try:
         yield
@@ -301,7 +307,7 @@ def full_disk_reported(folder: Path, what: str, kept: Callable[[], str | None]) 
         if not reasons and free >= TOO_LITTLE_BYTES:
             raise
         cause, remedy = UNWRITABLE[reasons[0] if reasons else errno.ENOSPC]
-        last = kept()
+        last = last_checkpoint(folder)
         then = (
             f"{last} is the last whole checkpoint: {remedy}, then --resume last" if last else f"{remedy}, start again"
         )

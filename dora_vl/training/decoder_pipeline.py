@@ -36,20 +36,18 @@ from dora_vl.run.base import (
     video_folder,
 )
 from dora_vl.run.folder import REPLAY, run_folder_of
-from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import RunConfig, foreign_fields
 from dora_vl.run.watched_questions import Watch
 from dora_vl.training.extras.closed_form import form_of, start_in
-from dora_vl.training.extras.replay import check_base_writes, check_replay, copy_chats
+from dora_vl.training.extras.replay import Replay, check_base_writes, check_replay, copy_chats
 from dora_vl.training.opened import Opened, encoder_of, encoder_of_saved, stored_outputs
 from dora_vl.training.parts import core_config
-from dora_vl.training.pipeline import Pipeline, TrainingData
-from dora_vl.training.run_samples import RunSamples
+from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.run_samples import RunSamples, check_count, check_media, describe, warn_of_overlap
+from dora_vl.training.training_data import TrainingData, labelled, training_data
+from dora_vl.training.ways import WAYS
 from dora_vl.training.ways.losses import LossModel
-from dora_vl.training.ways.preferences import Preferences
-from dora_vl.training.ways.rewards import Rewards
 from dora_vl.training.ways.rollouts import Rollouts
-from dora_vl.training.ways.supervised import Supervised
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +56,6 @@ PAPER_TARGETS = tuple(
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 )
 """They are the five of the paper's commonsense runs (table 8), as LLaMA 1, 2, 3 and their like name them."""
-
-
-WAYS = {"supervised": Supervised, "preference": Preferences, "reward": Rewards}
-"""Maps the kind of a run's objective to the way in which it trains."""
 
 
 class DecoderPipeline(Pipeline):
@@ -84,12 +78,12 @@ class DecoderPipeline(Pipeline):
             check_base(config)
         check_quantisation(model)
         check_replay(config)
-        samples = RunSamples(config.data, arguments)
-        samples.describe()
-        samples.check_count()
+        samples = RunSamples.read(config.data, arguments)
+        describe(samples, config.data)
+        check_count(samples, arguments)
         self.way.check(samples, arguments)
         if config.evaluation.file is not None:
-            samples.warn_of_overlap(check_test(config), config)
+            warn_of_overlap(samples, check_test(config), config)
         elif config.evaluation.files:
             read_sets(config.evaluation)
         sees = model.compose is not None or (model.source is None and sees_pictures(model.base, model.revision))
@@ -98,7 +92,8 @@ class DecoderPipeline(Pipeline):
             raise SettingError("data.cache_features", " is for pictures, and there are videos; set it false")
         if has_videos:
             check_videos(config.data)
-        samples.check_files_early(*((image_folder(config.data), video_folder(config.data)) if sees else (None, None)))
+        pictures, videos = (image_folder(config.data), video_folder(config.data)) if sees else (None, None)
+        check_media(samples, config.data, pictures=pictures, videos=videos)
         make_base(compose_llava, model.compose, model.base, arguments)
         make_base(write_language_model, model.source, model.base, arguments)
         form_of(config)
@@ -113,7 +108,7 @@ class DecoderPipeline(Pipeline):
     def opened(self, arguments: TrainingArguments) -> Opened:
         """Returns the run's data and encoder, opened once: by `prepare`, or on other ranks by the first call."""
         if self._opened is None:
-            self._opened = self._open(RunSamples(self.config.data, arguments), arguments)
+            self._opened = self._open(RunSamples.read(self.config.data, arguments), arguments)
         return self._opened
 
     def _open(self, samples: RunSamples, arguments: TrainingArguments) -> Opened:
@@ -130,7 +125,7 @@ class DecoderPipeline(Pipeline):
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
         """Yields the labels that the run's encoder makes."""
         opened = self.opened(arguments)
-        return opened.samples.labelled(self.way.sample_encoder(opened))
+        return labelled(opened.samples, self.way.sample_encoder(opened))
 
     def skeleton(self) -> DecoderBackbone:
         """Builds the model without its weights."""
@@ -146,7 +141,7 @@ class DecoderPipeline(Pipeline):
         """Puts the chats of `data.replay` into the run's folder; a base that has none yet writes them."""
         if self.config.data.replay:
             assistant = Assistant(backbone, EncoderPrompts(self.opened(arguments).encoder))
-            on_first_rank(partial(copy_chats, self.config, assistant, arguments.device))
+            copy_chats(self.config, assistant, arguments.device)
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Adapts every linear of the decoder and trains the projector, unless the settings say otherwise."""
@@ -191,7 +186,10 @@ class DecoderPipeline(Pipeline):
             form = form_of(self.config, decoder)
             outputs, dummy = stored_outputs(opened, decoder, samples.pictures)
             start_in(form, opened, decoder, outputs)
-        replay = samples.replay(run_folder_of(self.config.training) / REPLAY, encoder) if data.replay else None
+        replay = None
+        if data.replay:
+            assert samples.train is not None, "prepare has refused a stream"
+            replay = Replay.of(run_folder_of(self.config.training) / REPLAY, samples.train, encoder, data.replay)
         collate = replace(
             encoder.collate,
             dummy=dummy,
@@ -200,7 +198,7 @@ class DecoderPipeline(Pipeline):
             chats_from=None if replay is None else replay.first_index,
             **self.way.collation(),
         )
-        made = samples.training_data(self.way.sample_encoder(opened, outputs), collate, replay)
+        made = training_data(opened, self.way.sample_encoder(opened, outputs), collate, replay)
         return self.way.with_room(made, arguments)
 
     def loss(self, backbone: Backbone[Any]) -> LossModel:

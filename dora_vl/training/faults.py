@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dora_vl.core import TrainedPart
 from dora_vl.errors import Diverged, UserError, short_names
 from dora_vl.files import write_json_lines
-from dora_vl.run.folder import read_log
+from dora_vl.run.folder import last_checkpoint, read_log
 from dora_vl.run.launch import gather_from_ranks
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,16 @@ class StepFaults(TrainerCallback):
         if gradients:
             norms = torch._foreach_norm(gradients)
             self._norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+
+    def see_before_clipping(self, engine: DeepSpeedEngine) -> None:
+        """Notes gradients before DeepSpeed's engine clips them: without ZeRO it keeps their norm to itself."""
+        clip = engine.clip_fp32_gradients
+
+        def seen_and_clipped() -> None:
+            self.note_gradients(engine.parameters())
+            clip()
+
+        engine.clip_fp32_gradients = seen_and_clipped
 
     def drop_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Drops all gradients before a torch optimizer's step where one is not finite, so that nothing changes."""
@@ -154,9 +167,10 @@ def check_base_weights(model: nn.Module, base: str) -> None:
         )
 
 
-def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str | None) -> None:
-    """Reads what trains before it is written; every rank must call it. `kept` names the last whole checkpoint."""
+def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, folder: Path) -> None:
+    """Reads what trains before it is written to a run folder; every rank must call it."""
     if broken := _not_finite(pair for part in parts for pair in part.parameters.items()):
+        kept = last_checkpoint(folder)
         left = f"{kept} is the last whole checkpoint" if kept else "there is no checkpoint before it"
         raise Diverged(
             f"step {step}: {len(broken)} trained weights are NaN or infinite "

@@ -23,8 +23,8 @@ from dora_vl.errors import UserError, is_out_of_memory, one_line
 from dora_vl.run.settings import RunConfig
 from dora_vl.training.checkpoint import loss_scale_of
 from dora_vl.training.memory import Activations, memory_gib
-from dora_vl.training.pipeline import TrainingData
 from dora_vl.training.progress import random_state_kept
+from dora_vl.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 

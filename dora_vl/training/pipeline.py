@@ -7,63 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
-from dora_vl.data.stream import StreamOrder
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunConfig
 from dora_vl.run.watched_questions import Watch
+from dora_vl.training.training_data import TrainingData
 from dora_vl.training.ways.losses import LossModel
 from dora_vl.training.ways.rollouts import Rollouts
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """A pipeline's data as the Trainer takes it.
-
-    Attributes:
-        train: its items are what `collate` makes a batch of: samples, or whole micro-batches of a mixture.
-        validation: the same, for the loss while training.
-        collate: a batch from items: the loss's inputs by name (`input_ids` and `labels` among them) and bookkeeping
-            (`BatchStatistics`).
-        sampler: order of `train`, what its items are asked for by; None leaves it to the Trainer.
-        stream: `sampler` where it is a stream that begins its next epoch by itself.
-        set_epoch: each gets the epoch before its first batch.
-        samples: training samples in an epoch.
-        read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
-        source: the training file, for messages.
-        ids: the training samples', in the data's order; None: they are not known beforehand, as of a stream.
-        media: what the picture and video files of some of them hold, by name (`content_key`).
-        batch_tokens: of the largest micro-batch, for the memory estimate.
-        pools: of `train`'s items, the largest of each kind that a micro-batch is drawn from; read when it is asked.
-    """
-
-    train: Dataset[Any]
-    validation: Dataset[Any] | None = None
-    collate: Callable[[list[Any]], Mapping[str, Any]]
-    sampler: Sampler[Any] | None = None
-    stream: StreamOrder | None = None
-    set_epoch: tuple[Callable[[int], None], ...] = ()
-    samples: int
-    source: str
-    batch_tokens: int
-    ids: Callable[[], Iterable[str]] | None = None
-    media: Callable[[], Mapping[str, str]] = dict
-    read_in_a_pass: int | None = None
-    pools: Callable[[], Sequence[Sequence[Any]]] = tuple
-
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 

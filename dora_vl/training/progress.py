@@ -10,13 +10,14 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -25,8 +26,8 @@ from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, Ba
 from dora_vl.errors import SettingError, UserError, short_names
 from dora_vl.files import read_json
 from dora_vl.run.folder import ADAPTER
-from dora_vl.run.launch import gather_from_ranks, rank_and_ranks
-from dora_vl.training.pipeline import TrainingData
+from dora_vl.run.launch import gather_from_ranks, on_first_rank, rank_and_ranks
+from dora_vl.training.training_data import TrainingData
 
 PROGRESS = "progress.json"
 SAMPLES = "training_samples"
@@ -220,11 +221,18 @@ class Progress:
 
 
 class ValidationLoss:
-    """Sums of one evaluation, and the bad samples of all of them; messages call the data by its `source`."""
+    """Sums of one evaluation, and the bad samples of all of them; messages call the data by its `source`.
 
-    def __init__(self, *, source: str, samples: int) -> None:
+    `together` samples make one batch of all ranks.
+    """
+
+    def __init__(self, data: TrainingData, *, source: str, together: int) -> None:
+        samples: Any = data.validation
+        on_first_rank(partial(check_validation, samples, data.collate, source=source))
+        # Collators leave None out; left to accelerate, the last batches would repeat samples, which count twice.
+        self.dataset = ConcatDataset([samples, cast(Any, [None] * (-len(samples) % together))])
         self._source = source
-        ledger = BadSampleLedger(max_bad_share=1.0, total_samples=samples, source=source)
+        ledger = BadSampleLedger(max_bad_share=1.0, total_samples=len(self.dataset), source=source)
         self.statistics = BatchStatistics(ledger)
         self._begin()
 

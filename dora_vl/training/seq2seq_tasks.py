@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
 from dora_vl.backbones.base import Backbone
@@ -22,7 +23,7 @@ from dora_vl.backbones.shards import first_difference, read_settings
 from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import ExampleFile
-from dora_vl.data.samplers import MixturePlan
+from dora_vl.data.samplers import MixturePlan, MixtureTask
 from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.data.text_file import json_object, json_of, whole_text
 from dora_vl.errors import BadSample, SettingError, UserError, short_names
@@ -40,7 +41,8 @@ from dora_vl.evaluation.vlbart_tasks import (
 )
 from dora_vl.files import read_json, write_json
 from dora_vl.heads.answer import answer_loss
-from dora_vl.run.settings import RunConfig
+from dora_vl.run.arguments import order_seed
+from dora_vl.run.settings import DataConfig, RunConfig
 from dora_vl.shapes import Float, Int
 from dora_vl.training.ways.losses import LossModel
 
@@ -79,6 +81,21 @@ class MixtureDataset(Dataset[MicroBatch]):
         self._seed = seed
         # Shared memory: persistent workers keep a copy of this object and would not see a plain attribute.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @classmethod
+    def of(cls, tasks: Sequence[TaskSource], data: DataConfig, arguments: TrainingArguments) -> MixtureDataset:
+        """Plans a run's mixture."""
+        sources = [
+            MixtureTask(
+                name=task.subtask.name,
+                items=len(task.file),
+                batch_size=max(1, int(data.batch_size * task.subtask.batch_share)),
+            )
+            for task in tasks
+        ]
+        parts = arguments.world_size * arguments.gradient_accumulation_steps
+        plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=order_seed(arguments))
+        return cls(plan, tasks, seed=arguments.seed)
 
     def __len__(self) -> int:
         return len(self.plan)

@@ -9,21 +9,20 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Sampler
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dora_vl.adapters.adapter import versions
-from dora_vl.adapters.files import STATE_FILE, WRITING, complete_checkpoints, drop_old_checkpoints
+from dora_vl.adapters.files import STATE_FILE, WRITING, drop_old_checkpoints
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.base import Backbone, attention_of
 from dora_vl.core import adapted_layers, trained_parts
@@ -33,7 +32,7 @@ from dora_vl.errors import UserError
 from dora_vl.files import replace_folder
 from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.folder import ADAPTER, FAULTS, full_disk_reported, run_folder_of, settings_of
-from dora_vl.run.launch import is_first_rank, on_first_rank
+from dora_vl.run.launch import is_first_rank
 from dora_vl.run.sharding import gather_to_read, gather_to_write, shard
 from dora_vl.training.callbacks import (
     EarlyStopping,
@@ -59,8 +58,9 @@ from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.largest_batch import LargestBatch, cost_of
 from dora_vl.training.memory import MemoryEstimate, Table, activations_of, bytes_of, engine_of, held_by, process_bytes
 from dora_vl.training.parts import LearningRates, parameter_groups, rates_of, trained_table, with_decay
-from dora_vl.training.pipeline import Pipeline, TrainingData
-from dora_vl.training.progress import BatchStatistics, Progress, ValidationLoss, check_validation, random_state_kept
+from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.progress import BatchStatistics, Progress, ValidationLoss, random_state_kept
+from dora_vl.training.training_data import TrainingData
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -107,15 +107,10 @@ class AdapterTrainer(OrderedTrainer):
             read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
         )
         self.statistics = BatchStatistics(ledger)
-        held_out = self.validation = None
+        self.validation = None
         if data.validation is not None:
-            source = str(config.data.held_out)
-            on_first_rank(partial(check_validation, data.validation, data.collate, source=source))
-            samples: Any = data.validation
-            step_samples = arguments.per_device_eval_batch_size * arguments.world_size
-            # Collators leave None out; left to accelerate, the last batches would repeat samples, which count twice.
-            held_out = ConcatDataset([samples, cast(Any, [None] * (-len(samples) % step_samples))])
-            self.validation = ValidationLoss(source=source, samples=len(held_out))
+            together = arguments.per_device_eval_batch_size * arguments.world_size
+            self.validation = ValidationLoss(data, source=str(config.data.held_out), together=together)
         self.progress = Progress(
             self.statistics,
             None if self.validation is None else self.validation.statistics,
@@ -133,7 +128,7 @@ class AdapterTrainer(OrderedTrainer):
             data,
             model=self._loss,
             args=arguments,
-            eval_dataset=held_out,
+            eval_dataset=None if self.validation is None else self.validation.dataset,
             callbacks=[self.stop, self.faults, StepLimit(), *([] if patience is None else [EarlyStopping(patience)])],
         )
         # The model is in shards already, whose gradients meet by themselves.
@@ -228,16 +223,6 @@ class AdapterTrainer(OrderedTrainer):
                 self.optimizer.register_step_pre_hook(self.faults.drop_gradients)
         return self.optimizer
 
-    def _see_gradients_before_clipping(self, engine: DeepSpeedEngine) -> None:
-        """Notes gradients before DeepSpeed's engine clips them: without ZeRO it keeps their norm to itself."""
-        clip = engine.clip_fp32_gradients
-
-        def seen_and_clipped() -> None:
-            self.faults.note_gradients(engine.parameters())
-            clip()
-
-        engine.clip_fp32_gradients = seen_and_clipped
-
     @property
     def _drops_gradients_itself(self) -> bool:
         """Returns True under ZeRO 1 to 3, whose optimizers skip a step with a gradient that is not finite."""
@@ -252,9 +237,9 @@ class AdapterTrainer(OrderedTrainer):
         if self._saved_step == self.state.global_step:  # asked for at the step's and again at the epoch's end
             return
         self._saved_step = self.state.global_step
-        check_trained_weights(self.parts, step=self.state.global_step, kept=self._last_whole())
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with full_disk_reported(self.run_folder, name, self._last_whole):
+        check_trained_weights(self.parts, step=self.state.global_step, folder=self.run_folder)
+        with full_disk_reported(self.run_folder, name):
             self._write_checkpoint(model, trial, self.run_folder / WRITING / name)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, written: Path) -> None:
@@ -290,8 +275,8 @@ class AdapterTrainer(OrderedTrainer):
         if output_dir is not None:  # a checkpoint's, whose weights were checked before the first of its files
             self._save_adapter(Path(output_dir))
             return
-        check_trained_weights(self.parts, step=self.state.global_step, kept=self._last_whole())
-        with full_disk_reported(self.run_folder, ADAPTER, self._last_whole):
+        check_trained_weights(self.parts, step=self.state.global_step, folder=self.run_folder)
+        with full_disk_reported(self.run_folder, ADAPTER):
             self._save_adapter(self.run_folder)
 
     def _save_adapter(self, folder: Path) -> None:
@@ -303,10 +288,6 @@ class AdapterTrainer(OrderedTrainer):
             gather=gather_to_read,
             write=self._writes,
         )
-
-    def _last_whole(self) -> str | None:
-        checkpoints = complete_checkpoints(self.run_folder)
-        return checkpoints[-1].name if checkpoints else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir), self._running, self.args)
@@ -335,7 +316,7 @@ class AdapterTrainer(OrderedTrainer):
         trained = {name: parameter for part in self.parts for name, parameter in part.parameters.items()}
         self.optimizer_layout = layout_of(optimizer, trained, self.args.device)
         if self.is_deepspeed_enabled:
-            self._see_gradients_before_clipping(cast("DeepSpeedEngine", self.model_wrapped))
+            self.faults.see_before_clipping(cast("DeepSpeedEngine", self.model_wrapped))
         if self._drops_gradients_itself:
             # ZeRO 1 and 2 look for overflow in half precision alone unless told; 3 always does.
             optimizer.check_grad_overflow = True

@@ -15,8 +15,7 @@ from transformers import TrainingArguments
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
 from dora_vl.adapters.files import RECIPE_FILE
-from dora_vl.backbones.base import Backbone, max_positions
-from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.shards import read_settings
 from dora_vl.backbones.vision_store import FeatureReader, open_features
@@ -30,25 +29,25 @@ from dora_vl.backbones.vlbart import (
     load_vlbart,
     set_answer_heads,
     vlbart_config,
+    vlbart_encoder,
     vlbart_skeleton,
 )
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example import ExampleFile
-from dora_vl.data.samplers import MixturePlan, MixtureTask
 from dora_vl.data.samples import CHECKED_SAMPLES, Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, all_subtasks
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, watch_subtasks
 from dora_vl.report.batch import TokenText
-from dora_vl.run.arguments import order_seed, training_arguments
+from dora_vl.run.arguments import training_arguments
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.settings import AdapterConfig, FilesByTask, RunConfig
 from dora_vl.run.sharding import loading_in
 from dora_vl.run.watched_questions import Watch
 from dora_vl.training.parts import core_config
-from dora_vl.training.pipeline import Pipeline, TrainingData
+from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.seq2seq_tasks import (
     SETTING,
     MixtureDataset,
@@ -64,6 +63,7 @@ from dora_vl.training.seq2seq_tasks import (
     make_lists,
     with_run_settings,
 )
+from dora_vl.training.training_data import TrainingData
 
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
 LISTS_FILE = "closed_answers.json"
@@ -162,18 +162,8 @@ class VlBartPipeline(Pipeline):
         )
 
     def _mixture(self, arguments: TrainingArguments) -> MixtureDataset:
-        data, parts = self.config.data, arguments.world_size * arguments.gradient_accumulation_steps
-        tasks = self._sources(data.files_by_task, limit=data.limit)
-        sources = [
-            MixtureTask(
-                name=task.subtask.name,
-                items=len(task.file),
-                batch_size=max(1, int(data.batch_size * task.subtask.batch_share)),
-            )
-            for task in tasks
-        ]
-        plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=order_seed(arguments))
-        return MixtureDataset(plan, tasks, seed=arguments.seed)
+        tasks = self._sources(self.config.data.files_by_task, limit=self.config.data.limit)
+        return MixtureDataset.of(tasks, self.config.data, arguments)
 
     def loss(self, backbone: Backbone[Any]) -> Seq2SeqLoss:
         """Returns cross-entropy, as each task normalises it."""
@@ -244,12 +234,7 @@ class VlBartPipeline(Pipeline):
     @cached_property
     def encoder(self) -> Seq2SeqEncoder:
         """Encodes prompts and labels, once the base is there."""
-        base = self.config.model.base
-        return Seq2SeqEncoder(
-            load_tokenizer(base),
-            subtitles_first=self.config.data.subtitles_first,
-            max_positions=max_positions(vlbart_config(base)),
-        )
+        return vlbart_encoder(self.config.model.base, subtitles_first=self.config.data.subtitles_first)
 
     @cached_property
     def _width(self) -> int:

@@ -305,10 +305,8 @@ def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(small_dis
 def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, number: int, kind: type[Exception]) -> None:
     """RuntimeError: as safetensors words it, by the system's text alone."""
     raised = OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O: {os.strerror(number)}")
-    with (
-        pytest.raises(UserError, match="checkpoint-3"),
-        full_disk_reported(tmp_path, "weights", lambda: "checkpoint-3"),
-    ):
+    left(tmp_path, "checkpoint-3/trainer_state.json")
+    with pytest.raises(UserError, match="checkpoint-3"), full_disk_reported(tmp_path, "weights"):
         raise raised
 
 

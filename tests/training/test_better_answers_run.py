@@ -25,8 +25,8 @@ from dora_vl.data.video import Uniform
 from dora_vl.heads.preferences import Hyperparameters
 from dora_vl.run.base import VideoReading
 from dora_vl.run.folder import DRAWN, read_log
+from dora_vl.training.opened import AnswersEncoder
 from dora_vl.training.run import run
-from dora_vl.training.sample_encoder import AnswersEncoder
 from dora_vl.training.ways.losses import Reference
 from dora_vl.training.ways.preferences import PreferenceLoss
 from tests.backbones.image_text_conversations import inputs_of

@@ -20,7 +20,7 @@ from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run as run_or_test
 from dora_vl.training.run import train
-from dora_vl.training.run_samples import read_samples
+from dora_vl.training.run_samples import read_tables
 from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.generated_commonsense import write_commonsense
@@ -117,7 +117,7 @@ def test_the_references_validation_split(folder: Path) -> None:
     import datasets
 
     config = settings(folder, "split")
-    rows, held_out = read_samples(config.data, seed=5)
+    rows, held_out = read_tables(config.data, seed=5)
     expected = datasets.load_dataset("json", data_files=str(config.data.train[0]), cache_dir=str(folder / "cache"))
     split = expected["train"].train_test_split(test_size=8, shuffle=True, seed=42)  # type: ignore[index,union-attr]
     assert held_out is not None

@@ -258,20 +258,20 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_weights_are_read_whatever_their_number_type(value: float) -> None:
+def test_weights_are_read_whatever_their_number_type(value: float, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).to(torch.bfloat16)
     weights = [cast(nn.Parameter, layer.weight) for layer in model]
     part = TrainedPart("dora.A", {"1.weight": weights[1]}, weight_decay=True)
     with torch.no_grad():
         weights[0].fill_(3e38)  # finite, though their float32 sum is not
     check_base_weights(model, "base")
-    check_trained_weights([part], step=7, kept=None)
+    check_trained_weights([part], step=7, folder=tmp_path)
     with torch.no_grad():
         weights[1][1, 2] = value
     with pytest.raises(UserError):
         check_base_weights(model, "base")
     with pytest.raises(UserError):
-        check_trained_weights([part], step=7, kept="checkpoint-5")
+        check_trained_weights([part], step=7, folder=tmp_path)
 
 
 @pytest.mark.slow

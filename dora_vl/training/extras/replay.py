@@ -33,6 +33,7 @@ from dora_vl.errors import BadSample, SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.files import file_sha256, whole_file, write_json_lines
 from dora_vl.run.folder import REPLAY, run_folder_of
+from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import ModelConfig, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -191,12 +192,16 @@ def find_or_write_chats(config: RunConfig, assistant: Assistant, device: torch.d
 
 
 def copy_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> None:
-    """Puts a base's chats into a run's folder, unless a resumed run has them there; on one rank only."""
+    """Puts a base's chats into a run's folder, unless a resumed run has them there; every rank must call it."""
     target = run_folder_of(config.training) / REPLAY
-    if not target.is_file():
-        content = find_or_write_chats(config, assistant, device).read_bytes()
-        with whole_file(target, binary=True) as file:
-            file.write(content)
+
+    def copy() -> None:
+        if not target.is_file():
+            content = find_or_write_chats(config, assistant, device).read_bytes()
+            with whole_file(target, binary=True) as file:
+                file.write(content)
+
+    on_first_rank(copy)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from dora_vl.heads.objectives import FLAGS, OBJECTIVES, preference_loss, prefere
 from dora_vl.heads.preferences import Answers, Hyperparameters
 from dora_vl.run.arguments import order_seed
 from dora_vl.shapes import Bool, Float
-from dora_vl.training.opened import Opened
+from dora_vl.training.opened import AnswersEncoder, Opened
 from dora_vl.training.run_samples import RunSamples
-from dora_vl.training.sample_encoder import AnswersEncoder
 from dora_vl.training.ways.losses import LossModel, Reference, draws_in_training
 from dora_vl.training.ways.way import Way
 
@@ -51,10 +50,10 @@ class Preferences(Way):
             raise SettingError("training.per_device_train_batch_size", reason)
         if not objective.exchange_pictures:
             return
-        trouble, pictures = None, samples.pictures_of_samples
-        if pictures is None:
+        trouble = None
+        if samples.train is None:
             trouble = "draws among all pictures, and data.streaming reads samples as they come; set one of them false"
-        elif not compared or {*Counter(len(names) for names in {*map(tuple, pictures)}).values()} == {1}:
+        elif not compared or {*Counter(map(len, {*map(tuple, samples.train.rows["images"])})).values()} == {1}:
             # No two samples show the same number of different pictures.
             trouble = f"needs pairs and several pictures, and {samples.name} has none; set it false"
         if trouble is not None:

@@ -28,10 +28,9 @@ from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import on_first_rank
 from dora_vl.shapes import Float
 from dora_vl.training.extras.vllm import VllmAnswers, server_of
-from dora_vl.training.opened import Opened
-from dora_vl.training.pipeline import TrainingData
+from dora_vl.training.opened import AnswersEncoder, Opened
 from dora_vl.training.run_samples import RunSamples
-from dora_vl.training.sample_encoder import AnswersEncoder
+from dora_vl.training.training_data import TrainingData
 from dora_vl.training.ways.losses import LossModel, Reference
 from dora_vl.training.ways.rollouts import ModelAnswers, Rollouts, with_answers
 from dora_vl.training.ways.supervised import NextTokenLoss

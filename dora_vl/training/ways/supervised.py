@@ -13,9 +13,8 @@ from dora_vl.backbones.base import Backbone, Expected
 from dora_vl.backbones.frozen_outputs import OutputStore
 from dora_vl.errors import SettingError
 from dora_vl.shapes import Int
-from dora_vl.training.opened import Opened
+from dora_vl.training.opened import Opened, SampleEncoder
 from dora_vl.training.run_samples import RunSamples
-from dora_vl.training.sample_encoder import SampleEncoder
 from dora_vl.training.ways.losses import LossModel, Reference
 from dora_vl.training.ways.way import Way
 

@@ -11,10 +11,9 @@ from transformers import TrainingArguments
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.frozen_outputs import OutputStore
 from dora_vl.run.settings import RunConfig
-from dora_vl.training.opened import Opened
-from dora_vl.training.pipeline import TrainingData
+from dora_vl.training.opened import Opened, SampleEncoder
 from dora_vl.training.run_samples import RunSamples
-from dora_vl.training.sample_encoder import SampleEncoder
+from dora_vl.training.training_data import TrainingData
 from dora_vl.training.ways.losses import LossModel
 from dora_vl.training.ways.rollouts import Rollouts
 
