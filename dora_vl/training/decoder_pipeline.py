@@ -45,9 +45,9 @@ from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.run_samples import RunSamples, check_count, check_media, describe, warn_of_overlap
 from dora_vl.training.training_data import TrainingData, labelled, training_data
-from dora_vl.training.ways import WAYS
 from dora_vl.training.ways.losses import LossModel
 from dora_vl.training.ways.rollouts import Rollouts
+from dora_vl.training.ways.table import WAYS
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.training import sample_encoder
+from dora_vl.training import opened
 from tests.training.launched import launch
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_pictures
 from tests.training.tiny_run import json_of, logged_losses, losses_of, refused_key, skipped_by, trained, write_run
@@ -62,9 +62,9 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(tmp_path, tiny_llava, monke
     dropout = "--adapter.dropout=0.2"
     whole = losses(path, "whole", dropout)
     decoded: list[str] = []
-    read_pixels = sample_encoder.open_image
+    read_pixels = opened.open_image
     monkeypatch.setattr(
-        sample_encoder,
+        opened,
         "open_image",
         lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more),
     )
