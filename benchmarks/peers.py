@@ -212,8 +212,7 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
     from dora_vl.data.table import load_training_rows
     from dora_vl.run.base import VideoReading, image_folder, video_folder, video_sampling
     from dora_vl.run.settings_parser import read_run
-    from dora_vl.training.opened import encoder_of
-    from dora_vl.training.opened import SampleEncoder
+    from dora_vl.training.opened import SampleEncoder, encoder_of
 
     config = read_run(options.settings(folder))
     encoder, dtype = encoder_of(config, thinking=None), getattr(torch, config.model.dtype)

@@ -64,9 +64,7 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(tmp_path, tiny_llava, monke
     decoded: list[str] = []
     read_pixels = opened.open_image
     monkeypatch.setattr(
-        opened,
-        "open_image",
-        lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more),
+        opened, "open_image", lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more)
     )
     monkeypatch.setattr("dora_vl.training.run.check_labels", lambda samples: None)  # they read the first samples too
     again = losses(path, "again", dropout, f"--resume={tmp_path / 'whole' / f'checkpoint-{step}'}")
