@@ -43,8 +43,8 @@ from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.data.turns import Turn
 from dora_vl.heads.preferences import Hyperparameters
-from dora_vl.training.ways.losses import Reference
 from dora_vl.training.ways.preferences import PreferenceLoss
+from dora_vl.training.ways.way import Reference
 
 RANK, BETA, PICTURES, PAIRS = 16, 0.1, 2, (1, 2, 4)
 PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"

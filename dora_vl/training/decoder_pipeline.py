@@ -42,10 +42,9 @@ from dora_vl.training.extras.closed_form import form_of, start_in
 from dora_vl.training.extras.replay import Replay, check_base_writes, check_replay, copy_chats
 from dora_vl.training.opened import Opened, encoder_of, encoder_of_saved, stored_outputs
 from dora_vl.training.parts import core_config
-from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.pipeline import LossModel, Pipeline
 from dora_vl.training.run_samples import RunSamples, check_count, check_media, describe, warn_of_overlap
 from dora_vl.training.training_data import TrainingData, labelled, training_data
-from dora_vl.training.ways.losses import LossModel
 from dora_vl.training.ways.rollouts import Rollouts
 from dora_vl.training.ways.table import WAYS
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import TrainingArguments
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
@@ -23,8 +24,43 @@ from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunConfig
 from dora_vl.run.watched_questions import Watch
 from dora_vl.training.training_data import TrainingData
-from dora_vl.training.ways.losses import LossModel
 from dora_vl.training.ways.rollouts import Rollouts
+
+
+class LossModel(nn.Module):
+    """Joins a backbone with a loss. The loss is computed in `forward`, so every engine sees it.
+
+    A subclass's `forward` takes a batch by name and `num_items_in_batch`, and gives `loss` to go backward from and
+    `labelled_tokens`, the number of labels it saw. With `step_tokens` the loss is divided by a number of the whole
+    optimizer step, so that neither accumulation nor ranks divide it again; the Trainer passes all labelled tokens of
+    the step as `num_items_in_batch`.
+    """
+
+    def __init__(self, backbone: Backbone[Any], *, step_tokens: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.accepts_loss_kwargs = step_tokens  # the Trainer's own name for this switch
+
+    def kept(self) -> Mapping[str, Any]:
+        """Returns what a rank of a resumed run needs beside weights, in JSON's types."""
+        return {}
+
+    def keep(self, numbers: Mapping[str, Any]) -> None:
+        """Restores what `kept` returned."""
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face model's config: DeepSpeed's `auto` sizes come from its hidden size."""
+        return self.backbone.model.config
+
+    def activation_checkpointing_enable(self, *options: Any, **named: Any) -> None:
+        """Recomputes the layers' activations in the backward pass (transformers from 5.22 calls this)."""
+        self.backbone.model.activation_checkpointing_enable(*options, **named)
+
+    def gradient_checkpointing_enable(self, *options: Any, **named: Any) -> None:
+        """Does the same under the name that transformers called before 5.22."""
+        self.backbone.model.gradient_checkpointing_enable(*options, **named)
+
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 

@@ -44,7 +44,7 @@ from dora_vl.heads.answer import answer_loss
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.settings import DataConfig, RunConfig
 from dora_vl.shapes import Float, Int
-from dora_vl.training.ways.losses import LossModel
+from dora_vl.training.pipeline import LossModel
 
 logger = logging.getLogger(__name__)
 

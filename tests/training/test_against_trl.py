@@ -24,8 +24,8 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.heads.objectives import OBJECTIVES
 from dora_vl.heads.preferences import Answers, Hyperparameters
-from dora_vl.training.ways.losses import Reference
 from dora_vl.training.ways.preferences import PreferenceLoss
+from dora_vl.training.ways.way import Reference
 from tests.backbones.image_text_conversations import inputs_of
 from tests.training.test_preference_loss import EXAMPLES, PICTURES, disturb, items
 from tests.training.tiny_run import write_tiny_llava

@@ -27,8 +27,8 @@ from dora_vl.run.base import VideoReading
 from dora_vl.run.folder import DRAWN, read_log
 from dora_vl.training.opened import AnswersEncoder
 from dora_vl.training.run import run
-from dora_vl.training.ways.losses import Reference
 from dora_vl.training.ways.preferences import PreferenceLoss
+from dora_vl.training.ways.way import Reference
 from tests.backbones.image_text_conversations import inputs_of
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch

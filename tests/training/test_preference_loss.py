@@ -30,11 +30,11 @@ from dora_vl.heads.objectives import OBJECTIVES
 from dora_vl.heads.preferences import Hyperparameters
 from dora_vl.run.folder import DRAWN, read_log
 from dora_vl.run.sharding import gather_to_write, shard
-from dora_vl.training.ways.losses import Reference
 from dora_vl.training.ways.preferences import PreferenceLoss, mean_over_ranks
 from dora_vl.training.ways.rewards import RewardLoss
 from dora_vl.training.ways.rollouts import ModelAnswers, Rollouts
 from dora_vl.training.ways.supervised import NextTokenLoss
+from dora_vl.training.ways.way import Reference
 from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
 from tests.backbones.tiny_language import tiny_language
 

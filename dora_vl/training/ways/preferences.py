@@ -19,9 +19,9 @@ from dora_vl.heads.preferences import Answers, Hyperparameters
 from dora_vl.run.arguments import order_seed
 from dora_vl.shapes import Bool, Float
 from dora_vl.training.opened import AnswersEncoder, Opened
+from dora_vl.training.pipeline import LossModel
 from dora_vl.training.run_samples import RunSamples
-from dora_vl.training.ways.losses import LossModel, Reference, draws_in_training
-from dora_vl.training.ways.way import Way
+from dora_vl.training.ways.way import Reference, Way, draws_in_training
 
 
 class Preferences(Way):

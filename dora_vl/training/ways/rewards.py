@@ -29,12 +29,12 @@ from dora_vl.run.launch import on_first_rank
 from dora_vl.shapes import Float
 from dora_vl.training.extras.vllm import VllmAnswers, server_of
 from dora_vl.training.opened import AnswersEncoder, Opened
+from dora_vl.training.pipeline import LossModel
 from dora_vl.training.run_samples import RunSamples
 from dora_vl.training.training_data import TrainingData
-from dora_vl.training.ways.losses import LossModel, Reference
 from dora_vl.training.ways.rollouts import ModelAnswers, Rollouts, with_answers
 from dora_vl.training.ways.supervised import NextTokenLoss
-from dora_vl.training.ways.way import Way
+from dora_vl.training.ways.way import Reference, Way
 
 
 class Rewards(Way):

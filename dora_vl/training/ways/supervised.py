@@ -14,9 +14,9 @@ from dora_vl.backbones.frozen_outputs import OutputStore
 from dora_vl.errors import SettingError
 from dora_vl.shapes import Int
 from dora_vl.training.opened import Opened, SampleEncoder
+from dora_vl.training.pipeline import LossModel
 from dora_vl.training.run_samples import RunSamples
-from dora_vl.training.ways.losses import LossModel, Reference
-from dora_vl.training.ways.way import Way
+from dora_vl.training.ways.way import Reference, Way
 
 
 class Supervised(Way):

@@ -1,20 +1,30 @@
-"""What a way of training gives a decoder's run."""
+"""What a way of training gives a decoder's run, and the reference that the losses of some ways compare with.
+
+The reference is the model as it was when training began. It costs no second model: what trains changes places with its
+values at the start.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.frozen_outputs import OutputStore
+from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.run.settings import RunConfig
+from dora_vl.run.sharding import gather_to_write, is_sharded, let_go_of_whole_weights
 from dora_vl.training.opened import Opened, SampleEncoder
+from dora_vl.training.pipeline import LossModel
 from dora_vl.training.run_samples import RunSamples
 from dora_vl.training.training_data import TrainingData
-from dora_vl.training.ways.losses import LossModel
 from dora_vl.training.ways.rollouts import Rollouts
 
 
@@ -53,3 +63,48 @@ class Way(ABC):
     ) -> Rollouts | None:
         """Returns what draws the answers that it learns from, no token of `never`; None: the data has them."""
         return None
+
+
+class Reference:
+    """Remembers what trains in a model, and puts it back for a while.
+
+    It is right for whatever trains (DoRA, LoRA, magnitudes, whole weights, a projector) and wherever a run begins: an
+    adapter that is switched off is the base, which is another model where the run started from an adapter or by PiSSA.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._layers = model, [layer for _, layer in adapted_layers(model)]
+        self._trained = [weight for part in trained_parts(model) for weight in part.parameters.values()]
+        self._start = self._exchange(None)
+        self.is_sharded = any(map(is_sharded, model.parameters()))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Makes the model the reference, without gradients; no graph may span it. Every rank must call it."""
+        with torch.no_grad():
+            now = self._exchange(self._start)
+            try:
+                yield
+            finally:
+                self._exchange(now)
+
+    @torch.no_grad()
+    def _exchange(self, values: Sequence[Tensor] | None) -> list[Tensor]:
+        """Writes values where some are given; returns the earlier ones. One tensor at a time is whole."""
+        before: list[Tensor] = []
+        for number, weight in enumerate(self._trained):
+            with gather_to_write([weight]) as (whole,):
+                before.append(whole.detach().clone())
+                if values is not None:
+                    whole.copy_(values[number])
+        for layer in self._layers:
+            layer.forget_norms()
+        let_go_of_whole_weights(self._model)
+        torch.clear_autocast_cache()  # it would go on with half-precision copies of the values before
+        return before
+
+
+def draws_in_training(model: nn.Module) -> bool:
+    """Tells whether dropout makes two passes over one batch differ."""
+    layers = (module.p for module in model.modules() if isinstance(module, nn.Dropout))
+    return any(layers) or any(layer.adapter.dropout for _, layer in adapted_layers(model))
