@@ -1,4 +1,4 @@
-"""Run by vLLM's own Python for test_vllm_serves.py: its sharded layers on two ranks, against the equation written out.
+"""Run by vLLM's own Python for test_vllm.py: its sharded layers on two ranks, against the equation written out.
 
 python vllm_rank_checks.py FULLY_SHARDED, with RANK in the environment.
 """
