@@ -21,7 +21,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "convert": ("options:convert", "adapters of other tools"),
     "demo": ("serving.demo_command:add_arguments", "a web page: adapters and their base answer side by side"),
     "doctor": ("start.doctor:add_arguments", "what this machine has for a run, and what is missing"),
-    "estimate": ("training.estimate_command:add_arguments", "memory, traffic and time of a run, before it starts"),
+    "estimate": ("options:estimate", "memory, traffic and time of a run, before it starts"),
     "evaluate": (
         "evaluation.evaluate_command:add_arguments",
         "official scores with intervals, of adapters and predictions",
@@ -41,7 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "serving.serve_command:add_arguments",
         "a base and adapters, unmerged in one batch, for OpenAI's clients",
     ),
-    "show": ("training.show_command:add_arguments", "the first batch of a run, its tokens by label"),
+    "show": ("options:show", "the first batch of a run, its tokens by label"),
     "train": ("training.train_command:add_arguments", "a run, from its settings to a tested adapter"),
 }
 """Maps each command to what reads its words, and to what `dora-vl --help` says of it.

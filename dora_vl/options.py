@@ -11,6 +11,7 @@ from dora_vl.errors import number_between, positive_int
 METHODS = ("dora", "lora", "magnitude", "dvora", "full")
 RESULT_DTYPES = ("bfloat16", "float16", "float32")
 QUESTIONS = 20
+CONFIG_HELP = "YAML file with the run's settings, or a recipe's name"
 CHECK_HELP = """\
 With --check the unmerged model and what was written answer the same questions, those of the run's test or of a file;
 answers and logits are compared, in check.json beside the weights. Exit status 1 where more answers differ than
@@ -136,6 +137,50 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     add("--most-different", type=share, default=0.0, metavar="SHARE", help=text)
 
 
+def estimate(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `dora-vl estimate`; a run's own settings may come between them."""
+    parser.set_defaults(work="training.estimate:estimate", takes_settings=True)
+    parser.description = """\
+Says what a run will take of each GPU: bytes by part, bytes that an optimizer step sends, and its time from a share of
+the GPUs' peak and the links' speed. The model is made from only its config, on torch's meta device: no weight is read.
+
+  dora-vl estimate llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
+  dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
+  dora-vl estimate my_run.yaml               on this machine: its speed is measured, the first batch is counted
+
+What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/starting.md
+says what is left out.
+"""
+    add = parser.add_argument
+    amount, share = number_between(float, 1e-9, 1e9), number_between(float, 1e-9, 1)
+    add("config", metavar="CONFIG", help=CONFIG_HELP)
+    add("--gpus", type=positive_int, metavar="N", help="GPUs in all (default: one device of this machine)")
+    add("--machines", type=positive_int, metavar="M", help="that hold them (default: 8 GPUs in each)")
+    add("--shape", metavar="NAME", help="a published model's sizes, in place of model.base")
+    add("--tokens", type=positive_int, metavar="T", help="of a sample (default: data.max_tokens)")
+    add("--labelled", type=positive_int, metavar="T", help="of these (default: all but the picture's)")
+    add("--mfu", type=share, default=0.4, metavar="F", help="share of the peak (default: 0.4)")
+    add("--tflops", type=amount, default=312.0, help="a GPU's peak (default: 312, an A100's)")
+    add("--bandwidth", type=amount, default=230.0, metavar="GB/s", help="between GPUs (default: 230)")
+    add("--network", type=amount, default=100.0, metavar="GB/s", help="of a machine (default: 100)")
+    add("--json", type=Path, metavar="FILE", help="also writes the numbers to this file")
+
+
+def show(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `dora-vl show`; a run's own settings may come between them."""
+    parser.set_defaults(work="training.show:show", takes_settings=True)
+    parser.description = """\
+Shows the first micro-batch that training would see: every token, whether it is trained on, read only, the place of a
+picture, or padding. The base's weights are not read (a base that a recipe composes is composed first, once).
+
+  dora-vl show batch llava/llava15 --variant 7b_dora --data.train my.json --data.image_folder pictures
+
+CONFIG is a file or a recipe's name; after it any setting of the run, --section.key value.
+"""
+    parser.add_argument("what", choices=("batch",), help="what to show")
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+
+
 def compare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl compare`; a run's own settings may come between them, for all runs."""
     parser.set_defaults(work="report.compare:compare", takes_settings=True)
@@ -157,7 +202,7 @@ own in --to. A run whose training diverged has no result for good; one that ende
 Writes compare.json, score_by_rank.png and loss_by_rate.png there.
 """
     add, numbers = parser.add_argument, _separated(float)
-    add("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
+    add("config", metavar="CONFIG", help=CONFIG_HELP)
     add("--methods", type=_methods, default="dora,lora", help=f"of {', '.join(METHODS)} (default: dora,lora)")
     add("--ranks", type=_separated(int), default=[], help="with commas (default: the recipe's)")
     sweep = "learning rates, or sweep: from the recipe's (default)"

@@ -21,8 +21,18 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
-from dora_vl.adapters.compatibility import FILE_TO_LEAF, LEAVES, PEFT_PREFIX, by_own_name, split_key
-from dora_vl.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_peft_config, read_recipe, read_trained
+from dora_vl.adapters.files import (
+    CONFIG_FILE,
+    FILE_TO_LEAF,
+    LEAVES,
+    PEFT_PREFIX,
+    WEIGHTS_FILE,
+    by_own_name,
+    read_peft_config,
+    read_recipe,
+    read_trained,
+    split_key,
+)
 from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, write_folder
 from dora_vl.adapters.settings import check_peft_fields, rank_of, refuse_contradiction, scale_of, type_of
 from dora_vl.core import functional

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dora_vl.adapters.compatibility import own_name, tied_names
+from dora_vl.adapters.files import own_name, tied_names
 from dora_vl.adapters.folder import read_weights
 from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors

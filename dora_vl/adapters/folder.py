@@ -18,25 +18,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dora_vl.adapters.compatibility import (
-    by_own_name,
-    file_name,
-    refuse_geometry_that_peft_ignored,
-    refuse_other_copy,
-    refuse_other_settings,
-    refuse_untied_values,
-    whole_change,
-)
 from dora_vl.adapters.files import (
     CONFIG_FILE,
     FILES,
     RECIPE_FILE,
     WEIGHTS_FILE,
+    by_own_name,
     complete_checkpoints,
+    file_name,
     read_peft_config,
     read_recipe,
     read_trained,
+    refuse_geometry_that_peft_ignored,
+    refuse_other_copy,
+    refuse_other_settings,
     refuse_to_replace_adapter,
+    refuse_untied_values,
+    whole_change,
 )
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter, write_adapter
-from dora_vl.adapters.compatibility import PEFT_PREFIX
 from dora_vl.adapters.files import (
     CONFIG_FILE,
+    PEFT_PREFIX,
     TRAINED_IN,
     WEIGHTS_FILE,
     not_trained_in,

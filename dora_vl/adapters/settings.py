@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_vl.adapters.compatibility import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
+from dora_vl.adapters.files import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
 from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.core.inject import SHARED_NAME
 from dora_vl.core.layer import AdaptedLayer
@@ -28,6 +28,9 @@ from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
 from dora_vl.errors import UserError, short_repr
 
 log = logging.getLogger(__name__)
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's `--max-lora-rank` takes one of these."""
 
 OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"

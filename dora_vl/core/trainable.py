@@ -26,7 +26,7 @@ from dora_vl.core.quantised import QuantisedLinear, is_quantised
 from dora_vl.errors import UserError
 
 Gather = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
-"""Makes tensors whole inside a `with` block, also those in shards over ranks (`dora_vl.run.sharding`)."""
+"""Makes tensors whole inside a `with` block, also those in shards over ranks (`dora_vl.run.launch`)."""
 _ATTRIBUTE = "_dora_vl_trained"
 _ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
 FACTORS = {"A": "lora_A", "B": "lora_B", "d": "lambda_d", "b": "lambda_b", "magnitude": "magnitude"}

@@ -43,8 +43,8 @@ from dora_vl.evaluation.scores.benchmark import (
     has_answer,
     not_scored,
 )
-from dora_vl.evaluation.scores.exact import CLOZE, PATTERNS, SCORINGS, final_answer, lone_letter
-from dora_vl.evaluation.scores.llava import letter_cn, parse_letter
+from dora_vl.evaluation.scores.exact import CLOZE, PATTERNS, SCORINGS, final_answer
+from dora_vl.evaluation.scores.llava import letter_cn, with_choices
 from dora_vl.evaluation.test_sets import TestSet
 from dora_vl.files import file_sha256
 from dora_vl.yaml_files import read_yaml
@@ -154,41 +154,6 @@ def read_own(path: Path) -> NamedBenchmark:
         frames=settings["frames"],
     )
     return NamedBenchmark(name=name, benchmark=benchmark, file=file and path.parent / file)
-
-
-def with_choices(example: Example, suffix: str) -> Example:
-    """Returns a question of LLaVA's conversations with the choices that its words end with, and the right one.
-
-    The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
-    answer's letter names, or whose text it is.
-    """
-    turn, text = example.turns[-1], example.turns[-1].text
-    choices = _choices(text)
-    if not choices:
-        return example
-    extra = dict(example.extra)
-    truth = example.answers[0].text.strip() if example.answers else ""
-    lettered = list(zip(ascii_uppercase, choices, strict=False))
-    same = [letter for letter, choice in lettered if truth in (choice, f"{letter}. {choice}")]
-    letter = lone_letter(truth) or "none"
-    if letter not in dict(lettered):  # ScienceQA's own parser knows A to E; a small letter may be a choice's text
-        letter = parse_letter(truth) or parse_letter(truth + ".") or (same[0] if len(same) == 1 else letter.upper())
-    if letter in dict(lettered):
-        extra["correct"] = ascii_uppercase.index(letter)
-    if suffix not in text:
-        turn = replace(turn, text=f"{text.rstrip()}\n{suffix}")
-    return replace(example, choices=choices, extra=extra, turns=(*example.turns[:-1], turn))
-
-
-def _choices(text: str) -> tuple[str, ...]:
-    if in_line := re.findall(r"^Options: (\(A\) .*)$", text, re.MULTILINE):
-        return tuple(choice.strip() for choice in re.split(r"\([A-Z]\) ", in_line[-1])[1:])
-    choices: list[str] = []
-    for letter, choice in re.findall(r"^([A-Z])\. ?(.*)$", text, re.MULTILINE):
-        choices = [] if letter == "A" else choices
-        if letter == ascii_uppercase[len(choices) : len(choices) + 1]:
-            choices.append(choice)
-    return tuple(choices) if len(choices) > 1 else ()
 
 
 def read_set(

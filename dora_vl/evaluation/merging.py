@@ -22,11 +22,18 @@ from transformers import PreTrainedModel
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, base_of, refuse_other_base, versions, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
-from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
 from dora_vl.adapters.files import CONFIG_FILE, DTYPES, WEIGHTS_FILE, refuse_to_replace
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.foreign_formats import read_foreign_adapter, reading_options
-from dora_vl.adapters.merge import CHECK_FILE, merge_to_folder, refuse_target
+from dora_vl.adapters.merge import (
+    ADAPTER,
+    BASE,
+    CHECK_FILE,
+    export_for_vllm,
+    merge_to_folder,
+    refuse_target,
+    refuse_unserved_base,
+)
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.base import head_of, sees_pictures
@@ -42,8 +49,7 @@ from dora_vl.evaluation.predictor import Decoding, MediaReader, check_pictures, 
 from dora_vl.evaluation.questions import is_question, read_question_file, read_questions
 from dora_vl.files import opening, read_json, unfinished, write_json
 from dora_vl.run.base import VLBART
-from dora_vl.run.folder import SETTINGS
-from dora_vl.run.watched_questions import evenly
+from dora_vl.run.folder import SETTINGS, evenly
 
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1

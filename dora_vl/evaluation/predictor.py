@@ -19,7 +19,7 @@ from dora_vl.errors import BadSample, UserError, short_repr
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.questions import kind_of, text_asked
 from dora_vl.run.base import VideoReading
-from dora_vl.run.watched_questions import SIDE, tiled
+from dora_vl.run.folder import SIDE, tiled
 from dora_vl.shapes import Float
 
 Write = Callable[[str], object]

@@ -22,10 +22,10 @@ from typing import Any
 
 from dora_vl.data.example import Clip, Example
 from dora_vl.errors import SettingError, UserError, short_repr
-from dora_vl.evaluation.benchmarks import with_choices
 from dora_vl.evaluation.scores.benchmark import LETTER
 from dora_vl.evaluation.scores.caption import CiderOfAnswers
 from dora_vl.evaluation.scores.exact import COMPARISONS, best_points, final_answer, right_choice_points
+from dora_vl.evaluation.scores.llava import with_choices
 
 logger = logging.getLogger(__name__)
 

@@ -52,9 +52,8 @@ from dora_vl.evaluation.scores.scored import in_units
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, refuse_unscored
 from dora_vl.files import METRICS, file_sha256, json_or_nothing
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
-from dora_vl.run.folder import ADAPTER, LOSS_LOG, SETTINGS, read_log, run_folder_of
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, SETTINGS, Watch, WatchedQuestion, evenly, read_log, run_folder_of
 from dora_vl.run.settings import EvaluationConfig, RunConfig
-from dora_vl.run.watched_questions import Watch, WatchedQuestion, evenly
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from dora_vl.evaluation.test_sets import TestSet
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.vlbart_tasks import Subtask, check_sample, make_sample
 from dora_vl.files import file_sha256
+from dora_vl.run.folder import Watch, evenly
 from dora_vl.run.settings import EvaluationConfig
-from dora_vl.run.watched_questions import Watch, evenly
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from dora_vl.errors import Diverged, UserError, align_columns, one_line
 from dora_vl.evaluation.plots import new_figure, plain_axes, save_png
-from dora_vl.evaluation.results import read_scores
 from dora_vl.evaluation.scores.scored import Scored
+from dora_vl.evaluation.test_sets import read_scores
 from dora_vl.files import read_json, whole_file, whole_folder, write_json
 from dora_vl.report.contrasts import LEAST_SEEDS, UNTRAINED, Contenders, Estimate, Measure
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, is_tested, read_log

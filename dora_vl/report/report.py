@@ -20,9 +20,8 @@ from dora_vl.data.example import Clip
 from dora_vl.errors import UserError
 from dora_vl.evaluation.forgetting import forgetting_lines
 from dora_vl.evaluation.plots import plain_text, series
-from dora_vl.evaluation.results import SetResult
+from dora_vl.evaluation.test_sets import SetResult
 from dora_vl.files import SETS, whole_file
-from dora_vl.report.charts import curves
 from dora_vl.report.run_record import (
     Results,
     RunRecord,
@@ -35,9 +34,8 @@ from dora_vl.report.run_record import (
     read_tests,
     score_rows,
 )
-from dora_vl.report.views import InlinePictures, setting_tables, watched_tables
-from dora_vl.run.folder import DRAWN, SETTINGS, read_log
-from dora_vl.run.watched_questions import evenly
+from dora_vl.report.views import InlinePictures, curves, setting_tables, watched_tables
+from dora_vl.run.folder import DRAWN, SETTINGS, evenly, read_log
 
 MOST_ANSWERS, DRAWN_ROWS = 40, 8
 SECTIONS = (

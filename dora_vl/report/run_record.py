@@ -15,12 +15,22 @@ from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.errors import UserError
 from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING, probe_lines
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction
-from dora_vl.evaluation.results import AnswerScore, SetResult, read_results
 from dora_vl.evaluation.scores.exact import normalised
 from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differences
+from dora_vl.evaluation.test_sets import AnswerScore, SetResult, read_results
 from dora_vl.files import json_or_nothing
-from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED, path_in_run, read_log
-from dora_vl.run.watched_questions import Watched, read_watched
+from dora_vl.run.folder import (
+    ADAPTER,
+    LOSS_LOG,
+    METRICS,
+    PLAN,
+    SETTINGS,
+    SKIPPED,
+    Watched,
+    path_in_run,
+    read_log,
+    read_watched,
+)
 
 LogLine = Mapping[str, Any]
 Results = Mapping[str, SetResult]

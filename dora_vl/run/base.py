@@ -23,8 +23,8 @@ from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, none_reads
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
 from dora_vl.errors import BadSample, SettingError, UserError
+from dora_vl.run.launch import loading_in, without_sharding
 from dora_vl.run.settings import DataConfig, ModelConfig, RunConfig
-from dora_vl.run.sharding import loading_in, without_sharding
 
 logger = logging.getLogger(__name__)
 

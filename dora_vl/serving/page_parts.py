@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dora_vl.evaluation.predictor import PromptMedia
-from dora_vl.run.watched_questions import data_url
+from dora_vl.run.folder import data_url
 from dora_vl.serving.side_by_side import ColumnAnswer, Conversation
 
 THUMB_PX = 320

@@ -23,6 +23,7 @@ from dora_vl.errors import UserError, one_line
 from dora_vl.files import json_or_nothing
 from dora_vl.run.folder import (
     ADAPTER,
+    ANSWERS,
     LOCK,
     LOSS_LOG,
     METRICS,
@@ -32,7 +33,6 @@ from dora_vl.run.folder import (
     locking_process,
     results_in,
 )
-from dora_vl.run.watched_questions import ANSWERS
 
 RUNS, DATA = Path("runs"), Path("data")
 """Runs are below the first, dropped files below the second, in the folder that the page was started in."""

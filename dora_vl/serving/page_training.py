@@ -28,9 +28,8 @@ from dora_vl.evaluation.forgetting import MUCH_FORGOTTEN
 from dora_vl.evaluation.plots import series, smoothed
 from dora_vl.report.run_record import Results, RunRecord, blind, read_record, read_tests, score_rows
 from dora_vl.report.views import InlinePictures, watched_tables
-from dora_vl.run.folder import ADAPTER
+from dora_vl.run.folder import ADAPTER, evenly
 from dora_vl.run.settings import RunConfig
-from dora_vl.run.watched_questions import evenly
 from dora_vl.serving.access import Uploads
 from dora_vl.serving.page_parts import printed_view, state_view, table_view
 from dora_vl.serving.page_runs import DATA, RUN_FILE, RUNS, Runs, command, free_folder, printed

@@ -25,8 +25,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.errors import UserError, short_text
 from dora_vl.files import write_json, write_json_lines
-from dora_vl.run.folder import DRAWN, LOSS_LOG, PLAN, WATCHED, read_log
-from dora_vl.run.watched_questions import ANSWERS, Watch, begin
+from dora_vl.run.folder import ANSWERS, DRAWN, LOSS_LOG, PLAN, WATCHED, Watch, begin, read_log
 from dora_vl.training.memory import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts, random_state_kept, validation_owed
 

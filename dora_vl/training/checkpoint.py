@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from dora_vl.errors import SettingError
 from dora_vl.files import read_json
-from dora_vl.run.sharding import as_shards, gather_to_write
+from dora_vl.run.launch import as_shards, gather_to_write
 from dora_vl.training.checkpoint_files import STATE, StateFiles, is_plain, write_numbers, write_state
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.base import Backbone, sees_pictures
 from dora_vl.backbones.families.targets import language_targets, names_projector, projector_patterns
@@ -21,7 +22,6 @@ from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.test import check_test, read_sets, test_adapter, watch_run
-from dora_vl.report.batch import TokenText
 from dora_vl.run.base import (
     DECODER,
     check_base,
@@ -35,9 +35,8 @@ from dora_vl.run.base import (
     make_base,
     video_folder,
 )
-from dora_vl.run.folder import REPLAY, run_folder_of
+from dora_vl.run.folder import REPLAY, Watch, run_folder_of
 from dora_vl.run.settings import RunConfig, foreign_fields
-from dora_vl.run.watched_questions import Watch
 from dora_vl.training.extras.closed_form import form_of, start_in
 from dora_vl.training.extras.replay import Replay, check_base_writes, check_replay, copy_chats
 from dora_vl.training.opened import Opened, encoder_of, encoder_of_saved, stored_outputs
@@ -206,7 +205,7 @@ class DecoderPipeline(Pipeline):
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the way learns from its own."""
-        never = self.reading(backbone, arguments).placeholder_ids
+        never = self.reading(backbone, arguments)[1]
         return self.way.rollouts(self.opened(arguments), backbone, data, never)
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
@@ -215,15 +214,17 @@ class DecoderPipeline(Pipeline):
         assistant = Assistant(backbone, EncoderPrompts(opened.encoder), while_training=True)
         return watch_run(assistant, self.config, opened.samples.held_out)
 
-    def reading(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TokenText:
-        """Reads tokens by the encoder's tokenizer."""
+    def reading(
+        self, backbone: Backbone[Any], arguments: TrainingArguments
+    ) -> tuple[PreTrainedTokenizerBase, frozenset[int]]:
+        """Takes both from the encoder and the base's configuration."""
         config, encoder = backbone.model.config.to_dict(), self.opened(arguments).encoder
         names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
         placeholder_ids = [config[name] for name in names if isinstance(config.get(name), int)]
         token = vars(encoder.processor).get("image_token")
         if not placeholder_ids and isinstance(token, str):
             placeholder_ids = [encoder.tokenizer.convert_tokens_to_ids(token)]
-        return TokenText(encoder.tokenizer, frozenset(placeholder_ids))
+        return encoder.tokenizer, frozenset(placeholder_ids)
 
     def recipe(self, arguments: TrainingArguments) -> dict[str, Any]:
         """Adds the wording, and how pictures and videos are read."""

@@ -5,11 +5,15 @@ The model is made from only its config, on torch's meta device, so a 32B takes s
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import logging
+import math
+import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,27 @@ from transformers import PreTrainedModel
 
 from dora_vl.backbones.families.table import LLAVA
 from dora_vl.core import adapted_layers, apply_dora
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
+from dora_vl.files import write_json
 from dora_vl.run.arguments import check_training_section, read_deepspeed
-from dora_vl.training.memory import MemoryEstimate, ShardingLayout, activations_of, bytes_of, engine_of, held_by
+from dora_vl.run.settings import RunConfig
+from dora_vl.run.settings_parser import read_run
+from dora_vl.training.extras.replay import chats_in_epoch
+from dora_vl.training.memory import (
+    MemoryEstimate,
+    ShardingLayout,
+    activations_of,
+    bytes_of,
+    engine_of,
+    held_by,
+    process_bytes,
+)
 from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.show import read_first_batch, shown_settings
+from dora_vl.training.train_command import pipeline_of
 
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
 FORWARD, BACKWARD, TRAINED_BACKWARD = 2, 2, 4
 """A token takes this many FLOP a weight: forward, backward through a frozen weight, and through a trained one."""
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
@@ -264,3 +284,92 @@ def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
     (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
     changed: dict[str, Any] = {"base": str(folder), "revision": None, "compose": None, "source": None}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
+
+
+def estimate(arguments: argparse.Namespace) -> Iterator[str]:
+    """Makes the estimate; yields the lines to print."""
+    gpus = arguments.gpus or 1
+    machines = arguments.machines or -(-gpus // 8)
+    if gpus % machines:
+        raise UserError(f"--gpus {gpus} cannot be spread evenly over {machines} machines; give --machines")
+    config = read_run([f"--config={arguments.config}", *arguments.settings], program="dora-vl estimate")
+    if config.task == "vlbart":
+        raise UserError("estimate is for decoders; a VL-BART fits any GPU")
+
+    check_shape(arguments.shape)
+    if arguments.gpus is None:
+        arguments.tflops, arguments.mfu = teraflops(), 1.0
+    planned, epoch = _planned(config, arguments)
+    bytes_of_a_gpu, samples = planned.on(gpus), planned.samples
+    yield str(bytes_of_a_gpu.table())
+    yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
+    other = planned.on(gpus, recomputes=not planned.recomputes)
+    yield f"with training.gradient_checkpointing: {str(not planned.recomputes).lower()} {gib(other.total)} GiB"
+    by_engine = ", ".join(f"{stage} {gib(planned.on(gpus, stage).total)}" for stage in ("zero0", "zero2", "zero3"))
+    yield f"GiB at the fullest moment by engine: {by_engine}"
+    yield "left out: CUDA, NCCL and the allocator's blocks (1 to 2 GiB), the vision part's activations, further experts"
+    bandwidth, network = arguments.bandwidth * GIGA, arguments.network * GIGA
+    cluster = Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network)
+    yield from step_lines(planned, gpus, cluster)
+    if epoch is not None:
+        steps = _steps(planned, epoch, replay=config.data.replay)
+        seconds = cluster.seconds(planned.traffic(gpus), planned.flop())[0]
+        took = f"at least {math.ceil(steps * seconds / 60):,} min on this machine"
+        yield f"{steps:,} steps: {took}; reading pictures, writing chats and the test come on top"
+    if arguments.json is not None:
+        record = {**asdict(bytes_of_a_gpu), "traffic": asdict(planned.traffic(gpus)), "samples": asdict(samples)}
+        write_json(arguments.json, {**record, "total": bytes_of_a_gpu.total, "flop": planned.flop()})
+        yield f"{arguments.json}"
+
+
+def _planned(config: RunConfig, arguments: argparse.Namespace) -> tuple[PlannedRun, int | None]:
+    """Plans the run; for this machine by its first batch, and with the samples of an epoch."""
+
+    tokens, labelled, epoch = arguments.tokens, arguments.labelled, None
+    if arguments.gpus is None:
+        tokens, labelled, epoch = first_batch_tokens(config)
+    with tempfile.TemporaryDirectory() as folder:
+        config = with_shape(config, arguments.shape, Path(folder))
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        planned = plan_run(pipeline_of(config), tokens=tokens, labelled=labelled, counted=epoch is not None)
+    if epoch is not None and not torch.cuda.is_available():  # as a run's log counts there
+        planned = replace(planned, others=process_bytes())
+    return planned, epoch
+
+
+def first_batch_tokens(config: RunConfig) -> tuple[int, int, int]:
+    """Returns a sample's tokens and labelled tokens in the first micro-batch, and the samples of an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = read_first_batch(pipeline_of(shown_settings(config, Path(folder))))
+    samples = max(1, len(first.names))
+    tokens = first.batch["input_ids"].numel()  # padding is computed too
+    labelled = int((first.batch["labels"] != IGNORED_LABEL).sum())
+    return math.ceil(tokens / samples), math.ceil(labelled / samples), first.epoch_samples
+
+
+def _steps(planned: PlannedRun, samples: int, *, replay: float) -> int:
+    """Returns at least how many optimizer steps an epoch's samples, and the base's chats beside them, take."""
+    if (most := planned.section.get("max_steps", -1)) > 0:
+        return int(most)
+    micro_batches = math.ceil((samples + chats_in_epoch(replay, samples)) / planned.samples.rows)
+    return math.ceil(math.ceil(micro_batches / planned.micro_batches) * planned.section.get("num_train_epochs", 3))
+
+
+def gib(size: int) -> str:
+    """Formats bytes as GiB."""
+    return f"{size / GIB:.2f}"
+
+
+def step_lines(planned: PlannedRun, gpus: int, cluster: Cluster) -> Iterator[str]:
+    """Yields what a GPU sends and computes in an optimizer step, and how long that takes."""
+    sent, flop = planned.traffic(gpus), planned.flop()
+    compute, wire = cluster.seconds(sent, flop)
+    yield (
+        f"a step sends {gib(sent.total)} GiB from each GPU: gradients {gib(sent.gradients)}, what trains "
+        f"{gib(sent.trained)}, weights {gib(sent.weights)}"
+    )
+    yield (
+        f"a step computes {flop / TERA:.1f} TFLOP a GPU: {compute:.2f} s at {cluster.utilisation:g} of "
+        f"{cluster.flop_per_second / TERA:.3g} TFLOP/s, {wire:.2f} s on the wire ({cluster.machines} machines), "
+        f"{max(compute, wire):.2f} to {compute + wire:.2f} s together"
+    )

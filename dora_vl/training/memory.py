@@ -34,7 +34,7 @@ from dora_vl.core import adapted_layers
 from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import align_columns
 from dora_vl.heads.next_token import CHUNK, in_chunks
-from dora_vl.run.sharding import blocks_of
+from dora_vl.run.launch import blocks_of
 
 FLOAT32_BYTES, GIB = 4, 2**30
 MOST_REUSED = 1_000_000_000

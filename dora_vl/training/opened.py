@@ -33,9 +33,8 @@ from dora_vl.errors import BadSample, SettingError
 from dora_vl.evaluation.open_model import adapter_recipe
 from dora_vl.run.base import VideoReading, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, run_folder_of
-from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
+from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
 from dora_vl.run.settings import RunConfig
-from dora_vl.run.sharding import gather_to_read
 from dora_vl.training.run_samples import RunSamples
 
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from dora_vl.adapters.compatibility import (
+from dora_vl.adapters.files import (
     LEAVES,
+    WEIGHTS_FILE,
     fields_of_the_change,
     first_difference,
     own_name,
+    read_peft_config,
+    read_recipe,
     refuse_geometry_that_peft_ignored,
 )
-from dora_vl.adapters.files import WEIGHTS_FILE, read_peft_config, read_recipe
 from dora_vl.adapters.folder import no_adapter, read_weights
 from dora_vl.adapters.quantised_base import check_gradients
 from dora_vl.adapters.settings import read_config
@@ -30,8 +32,8 @@ from dora_vl.core import DoRAConfig, TrainedPart, adapted_layers, apply_dora, tr
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import SettingError, UserError
+from dora_vl.run.launch import gather_to_read, gather_to_write, without_sharding
 from dora_vl.run.settings import AdapterConfig, Decayed, OptimConfig
-from dora_vl.run.sharding import gather_to_read, gather_to_write, without_sharding
 from dora_vl.training.extras.vllm import refuse_unsent
 from dora_vl.training.memory import Table, parameter_count, weight_count
 from dora_vl.training.pipeline import Pipeline

@@ -12,17 +12,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers import TrainingArguments
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
-from dora_vl.run.folder import ADAPTER, run_folder_of
+from dora_vl.run.folder import ADAPTER, Watch, run_folder_of
 from dora_vl.run.settings import RunConfig
-from dora_vl.run.watched_questions import Watch
 from dora_vl.training.training_data import TrainingData
 from dora_vl.training.ways.rollouts import Rollouts
 
@@ -120,8 +119,10 @@ class Pipeline(ABC):
         return None
 
     @abstractmethod
-    def reading(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TokenText:
-        """Returns the reader of its batches' tokens."""
+    def reading(
+        self, backbone: Backbone[Any], arguments: TrainingArguments
+    ) -> tuple[PreTrainedTokenizerBase, frozenset[int]]:
+        """Returns the tokenizer of its batches, and the tokens in place of pieces of pictures and videos."""
 
     def recipe(self, arguments: TrainingArguments) -> dict[str, Any]:
         """Returns what `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     from dora_vl.run.settings_parser import read_run
     from dora_vl.training.decoder_pipeline import DecoderPipeline
     from dora_vl.training.extras.replay import find_or_write_chats
-    from dora_vl.training.show_command import shown_settings
+    from dora_vl.training.show import shown_settings
     from dora_vl.training.train_command import pipeline_of
 
     log_to_stderr()

@@ -35,12 +35,12 @@ from dora_vl.run.launch import (
     is_first_rank,
     keep_freed_memory,
     leave_process_group,
+    load_whole_models_again,
     on_first_rank,
     threads_of_this_rank,
     wait_for_everyone,
 )
 from dora_vl.run.settings import RunConfig, settings_of
-from dora_vl.run.sharding import load_whole_models_again
 from dora_vl.training.checkpoint_files import check_manifest, check_same_base
 from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, training_fits

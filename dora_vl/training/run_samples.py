@@ -31,8 +31,8 @@ from dora_vl.data.turns import THINK
 from dora_vl.errors import BadSample, SettingError, one_line, short_repr
 from dora_vl.evaluation.questions import all_asked, text_asked
 from dora_vl.run.arguments import order_seed
+from dora_vl.run.folder import evenly
 from dora_vl.run.settings import DataConfig, RunConfig
-from dora_vl.run.watched_questions import evenly
 
 logger = logging.getLogger(__name__)
 

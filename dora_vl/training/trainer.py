@@ -32,8 +32,7 @@ from dora_vl.errors import UserError
 from dora_vl.files import replace_folder
 from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.folder import ADAPTER, FAULTS, full_disk_reported, run_folder_of, settings_of
-from dora_vl.run.launch import is_first_rank
-from dora_vl.run.sharding import gather_to_read, gather_to_write, shard
+from dora_vl.run.launch import gather_to_read, gather_to_write, is_first_rank, shard
 from dora_vl.training.callbacks import (
     EarlyStopping,
     Epochs,

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
 from dora_vl.adapters.files import RECIPE_FILE
@@ -39,13 +40,11 @@ from dora_vl.data.samples import CHECKED_SAMPLES, Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, all_subtasks
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, watch_subtasks
-from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.base import VLBART, make_base
-from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
+from dora_vl.run.folder import ADAPTER, Watch, checkpoint_of, run_folder_of
+from dora_vl.run.launch import loading_in
 from dora_vl.run.settings import AdapterConfig, FilesByTask, RunConfig
-from dora_vl.run.sharding import loading_in
-from dora_vl.run.watched_questions import Watch
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.seq2seq_tasks import (
@@ -183,9 +182,11 @@ class VlBartPipeline(Pipeline):
             source=str(data.held_out or evaluation.tested),
         )
 
-    def reading(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TokenText:
-        """Reads BART's tokens; pictures have no place among them."""
-        return TokenText(self.encoder.tokenizer, frozenset())
+    def reading(
+        self, backbone: Backbone[Any], arguments: TrainingArguments
+    ) -> tuple[PreTrainedTokenizerBase, frozenset[int]]:
+        """Returns BART's tokenizer; pictures have no place among its tokens."""
+        return self.encoder.tokenizer, frozenset()
 
     def recipe(self, arguments: TrainingArguments) -> dict[str, Any]:
         """Adds the tasks and their settings."""

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from dora_vl.adapters.adapter import read_adapter
-from dora_vl.adapters.exports import export_for_vllm
 from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.adapters.merge import export_for_vllm
 from dora_vl.backbones.families.targets import resolved_layers
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart

@@ -28,8 +28,7 @@ from benchmarks.dora_memory import LiveBytes
 from benchmarks.report import table, write_json
 from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.estimate import plan_run
-from dora_vl.training.estimate_command import first_batch_tokens
+from dora_vl.training.estimate import first_batch_tokens, plan_run
 from dora_vl.training.parts import adapt
 from dora_vl.training.trainer import build_trainer
 

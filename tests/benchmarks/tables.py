@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.report import table
 from dora_vl.errors import UserError, exit_on_user_error
 from dora_vl.evaluation.baselines import COMMONEST
-from dora_vl.evaluation.results import SCORES, results_of, score_lines
+from dora_vl.evaluation.test_sets import SCORES, results_of, score_lines
 from dora_vl.files import SETS, read_json, write_json
 from dora_vl.report.compare import UNTRAINED
 from dora_vl.report.contrasts import Contenders, SetScores

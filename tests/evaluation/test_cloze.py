@@ -17,8 +17,8 @@ from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score
+from dora_vl.evaluation.test_sets import score_lines
 from tests.backbones.tiny_language import write_tiny_language
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
 from dora_vl.evaluation.predictor import PromptMedia
-from dora_vl.evaluation.results import score_lines
+from dora_vl.evaluation.test_sets import score_lines
 from dora_vl.run.settings import RunConfig
 from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline

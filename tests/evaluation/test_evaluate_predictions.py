@@ -17,8 +17,8 @@ from dora_vl.data.example import Answer, Example, from_record, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.predictions import ANSWERS, MODEL_ANSWERS, Prediction, line_of, read_rows
-from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.scores.benchmark import match_predictions
+from dora_vl.evaluation.test_sets import score_lines
 from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]

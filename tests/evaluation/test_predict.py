@@ -17,9 +17,8 @@ from dora_vl.evaluation import predict
 from dora_vl.evaluation.predict import PredictionsFile, ask, evaluate
 from dora_vl.evaluation.predictions import Prediction, Predictions, read_predictions
 from dora_vl.evaluation.predictor import Decoding, media_reader, prediction
-from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.scores import exact
-from dora_vl.evaluation.test_sets import ResultFolder, TestSet, refuse_unscored
+from dora_vl.evaluation.test_sets import ResultFolder, TestSet, read_results, refuse_unscored
 
 BROKEN, WITHOUT_NUMBERS = "broken", "no numbers"
 

@@ -16,11 +16,11 @@ import pytest
 
 from dora_vl.cli import main
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.results import AnswerScore, SetResult
 from dora_vl.evaluation.scores.scored import ItemScore
-from dora_vl.report.charts import MOST_POINTS, Chart, Series, chart
+from dora_vl.evaluation.test_sets import AnswerScore, SetResult
 from dora_vl.report.report import SECTIONS
 from dora_vl.report.run_record import confusion, low_and_high
+from dora_vl.report.views import MOST_POINTS, Chart, Series, chart
 from dora_vl.run.settings import settings_of
 from dora_vl.run.settings_parser import read_run
 from tests.report.conftest import HOSTILE

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import apply_dora
 from dora_vl.errors import SettingError, UserError
-from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.test import read_sets
+from dora_vl.evaluation.test_sets import read_results
 from dora_vl.run.settings import EvaluationConfig, RunConfig
 from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline

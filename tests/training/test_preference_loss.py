@@ -29,7 +29,7 @@ from dora_vl.heads import next_token
 from dora_vl.heads.objectives import OBJECTIVES
 from dora_vl.heads.preferences import Hyperparameters
 from dora_vl.run.folder import DRAWN, read_log
-from dora_vl.run.sharding import gather_to_write, shard
+from dora_vl.run.launch import gather_to_write, shard
 from dora_vl.training.ways.preferences import PreferenceLoss, mean_over_ranks
 from dora_vl.training.ways.rewards import RewardLoss
 from dora_vl.training.ways.rollouts import ModelAnswers, Rollouts

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.report.batch import BatchRow, BatchView, TokenPiece, terminal_lines
 from dora_vl.run.settings_parser import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run import train
-from dora_vl.training.show_command import first_batch, shown_settings
+from dora_vl.training.show import BatchRow, BatchView, TokenPiece, first_batch, shown_settings, terminal_lines
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.run.watched_questions import read_watched
+from dora_vl.run.folder import read_watched
 from tests.training.launched import launch
 from tests.training.tiny_run import (
     MakeRun,

@@ -22,8 +22,8 @@ from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.evaluation.questions import read_questions
+from dora_vl.run.folder import read_watched
 from dora_vl.run.settings_parser import read_run_file
-from dora_vl.run.watched_questions import read_watched
 from dora_vl.training.callbacks import RunProgress, WatchQuestions, read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.opened import encoder_of

@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
 from string import ascii_uppercase
@@ -41,6 +42,7 @@ from dora_vl.evaluation.scores.benchmark import (
     right_answer,
     short,
 )
+from dora_vl.evaluation.scores.exact import lone_letter
 from dora_vl.evaluation.scores.scored import (
     ACCURACY,
     AnswersById,
@@ -436,3 +438,38 @@ SCIENCEQA = Benchmark(
     modes={"": scienceqa_score}, prompt=scienceqa_prompt, max_new_tokens=LONG_ANSWER_TOKENS, chooses=True
 )
 SEED = Benchmark(modes={"": seed_score}, prompt=letter, chooses=True)
+
+
+def with_choices(example: Example, suffix: str) -> Example:
+    """Returns a question of LLaVA's conversations with the choices that its words end with, and the right one.
+
+    The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
+    answer's letter names, or whose text it is.
+    """
+    turn, text = example.turns[-1], example.turns[-1].text
+    choices = _choices(text)
+    if not choices:
+        return example
+    extra = dict(example.extra)
+    truth = example.answers[0].text.strip() if example.answers else ""
+    lettered = list(zip(ascii_uppercase, choices, strict=False))
+    same = [letter for letter, choice in lettered if truth in (choice, f"{letter}. {choice}")]
+    letter = lone_letter(truth) or "none"
+    if letter not in dict(lettered):  # ScienceQA's own parser knows A to E; a small letter may be a choice's text
+        letter = parse_letter(truth) or parse_letter(truth + ".") or (same[0] if len(same) == 1 else letter.upper())
+    if letter in dict(lettered):
+        extra["correct"] = ascii_uppercase.index(letter)
+    if suffix not in text:
+        turn = replace(turn, text=f"{text.rstrip()}\n{suffix}")
+    return replace(example, choices=choices, extra=extra, turns=(*example.turns[:-1], turn))
+
+
+def _choices(text: str) -> tuple[str, ...]:
+    if in_line := re.findall(r"^Options: (\(A\) .*)$", text, re.MULTILINE):
+        return tuple(choice.strip() for choice in re.split(r"\([A-Z]\) ", in_line[-1])[1:])
+    choices: list[str] = []
+    for sign, choice in re.findall(r"^([A-Z])\. ?(.*)$", text, re.MULTILINE):
+        choices = [] if sign == "A" else choices
+        if sign == ascii_uppercase[len(choices) : len(choices) + 1]:
+            choices.append(choice)
+    return tuple(choices) if len(choices) > 1 else ()

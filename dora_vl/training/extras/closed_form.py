@@ -24,9 +24,8 @@ from dora_vl.evaluation.baselines import LEAST_ASKED, right_text
 from dora_vl.evaluation.questions import text_asked
 from dora_vl.evaluation.test import check_test
 from dora_vl.run.folder import PROJECTOR_START, run_folder_of
-from dora_vl.run.launch import gather_from_ranks, on_first_rank
+from dora_vl.run.launch import gather_from_ranks, gather_to_read, gather_to_write, on_first_rank
 from dora_vl.run.settings import RunConfig
-from dora_vl.run.sharding import gather_to_read, gather_to_write
 from dora_vl.shapes import Float
 from dora_vl.training.opened import Opened, stored_outputs
 

@@ -21,8 +21,8 @@ from urllib.request import Request, urlopen
 import torch
 from PIL import Image
 
-from dora_vl.adapters.exports import RANKS
 from dora_vl.adapters.folder import save_adapter
+from dora_vl.adapters.settings import VLLM_RANKS
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families.targets import resolved_layers
@@ -56,7 +56,7 @@ NEVER = -100.0
 
 def start_command(base: str, rank: int) -> str:
     """Returns the command that starts a server for a run."""
-    largest = next((of for of in RANKS if of >= rank), RANKS[-1])
+    largest = next((of for of in VLLM_RANKS if of >= rank), VLLM_RANKS[-1])
     return (
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 python -m vllm.entrypoints.openai.api_server "
         f"--model {base} --enable-lora --max-lora-rank {largest} --trust-request-chat-template"

@@ -19,8 +19,8 @@ from transformers import TrainingArguments
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.frozen_outputs import OutputStore
 from dora_vl.core import adapted_layers, trained_parts
+from dora_vl.run.launch import gather_to_write, is_sharded, let_go_of_whole_weights
 from dora_vl.run.settings import RunConfig
-from dora_vl.run.sharding import gather_to_write, is_sharded, let_go_of_whole_weights
 from dora_vl.training.opened import Opened, SampleEncoder
 from dora_vl.training.pipeline import LossModel
 from dora_vl.training.run_samples import RunSamples

@@ -18,12 +18,11 @@ from dora_vl.data.example import Answer, Example, from_record
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.predictions import Prediction, Predictions
-from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.scores import caption, exact, llava, vqa
 from dora_vl.evaluation.scores.benchmark import Scorer
 from dora_vl.evaluation.scores.exact import SCORINGS
 from dora_vl.evaluation.scores.scored import intervals
-from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, average_of, scored
+from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, average_of, read_results, scored
 from tests.shared_data import shared
 
 FOUR = ("red", "green", "blue", "white")
