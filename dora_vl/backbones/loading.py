@@ -29,7 +29,7 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_tiktoken_available
 
-from dora_vl.adapters.quantised_base import SCHEMES, kept_whole, quantised_layers
+from dora_vl.adapters.base_weights import SCHEMES, kept_whole, quantised_layers
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, base_of, refuse_other_base, versions, write_adapter
-from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
+from dora_vl.adapters.base_weights import BaseWeights, as_trained, config_in, skeleton
 from dora_vl.adapters.files import CONFIG_FILE, DTYPES, WEIGHTS_FILE, refuse_to_replace
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.foreign_formats import read_foreign_adapter, reading_options
@@ -34,7 +34,6 @@ from dora_vl.adapters.merge import (
     refuse_target,
     refuse_unserved_base,
 )
-from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.base import head_of, sees_pictures
 from dora_vl.backbones.families.targets import resolved_layers

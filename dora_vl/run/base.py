@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from dora_vl.adapters.quantised_base import check_runs_here
+from dora_vl.adapters.base_weights import check_runs_here
 from dora_vl.backbones.base import check_trained, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families.table import LLAVA

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from dora_vl.adapters.base_weights import check_gradients
 from dora_vl.adapters.files import (
     LEAVES,
     WEIGHTS_FILE,
@@ -25,7 +26,6 @@ from dora_vl.adapters.files import (
     refuse_geometry_that_peft_ignored,
 )
 from dora_vl.adapters.folder import no_adapter, read_weights
-from dora_vl.adapters.quantised_base import check_gradients
 from dora_vl.adapters.settings import read_config
 from dora_vl.backbones.families.targets import names_experts, resolved_targets, resolved_weights
 from dora_vl.core import DoRAConfig, TrainedPart, adapted_layers, apply_dora, trained_parts

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.adapters import quantised_base
-from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.quantised_base import (
+from dora_vl.adapters import base_weights
+from dora_vl.adapters.base_weights import (
     SCHEMES,
+    BaseWeights,
     QuantisedWeights,
     Scheme,
     as_trained,
@@ -99,7 +99,7 @@ def test_adapters_that_saw_other_values_do_not_merge_together(tmp_path: Path) ->
 def test_a_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("nf4")
     check_runs_here("nf4", torch.float32)
-    monkeypatch.setattr(quantised_base, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_weights, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra) as refused:
         check_runs_here("nf4", torch.float32)
     assert refused.value.extra == "quantised"
@@ -109,7 +109,7 @@ def test_a_device_that_cannot_is_told_in_one_line(monkeypatch: pytest.MonkeyPatc
     def fails(*args: object) -> nn.Module:
         raise NotImplementedError("no kernel\nfor this device")
 
-    monkeypatch.setattr(quantised_base, "SCHEMES", {"int8": Scheme("torch", fails)})
+    monkeypatch.setattr(base_weights, "SCHEMES", {"int8": Scheme("torch", fails)})
     with pytest.raises(UserError) as error:
         check_runs_here("int8", torch.bfloat16)
     assert isinstance(error.value.__cause__, NotImplementedError)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from dora_vl.adapters.base_weights import SCHEMES
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.multi_adapter import AdapterSlots, Layers, rows_seen
-from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.core.adapter_slots import Slot, SlotLayer
 from dora_vl.core.strength import AppliedAdapter
 from dora_vl.errors import UserError
+from dora_vl.serving.model import AdapterSlots, Layers, rows_seen
 from tests.adapters import foreign_files
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_language import write_tiny_language

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
+from dora_vl.adapters.base_weights import SCHEMES, quantised_layers, quantised_values
 from dora_vl.backbones.families.targets import language_targets, projector_patterns, resolved_targets, resolved_weights
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from dora_vl.adapters.base_weights import SCHEMES
 from dora_vl.adapters.folder import read_weights
-from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
