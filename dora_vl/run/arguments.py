@@ -219,7 +219,7 @@ def _best_of_validations(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_fsdp(section: Mapping[str, Any], task: str) -> None:
-    """Refuses what does not go with the weights' shards of `run.sharding`, which are not the Trainer's."""
+    """Refuses what does not go with the weights' shards of `run.launch`, which are not the Trainer's."""
     if section.get("deepspeed") is not None:
         raise SettingError("training.fsdp", " and training.deepspeed both share weights out; leave one out")
     if task == "vlbart":
