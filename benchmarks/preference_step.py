@@ -137,7 +137,7 @@ def rows_of(
     rows = list[dict[str, Any]]()
     for row, sample, picture in zip(examples, samples, pictures, strict=True):
         prompt = encoder.prompts.render(row.turns[:-1], generation_prompt=True).text
-        chosen, rejected = (encoder.tokenizer.decode(part.input_ids[part.labels >= 0]) for part in sample.rows())
+        chosen, rejected = (encoder.tokenizer.decode(part.input_ids[part.labels >= 0]) for part in sample.texts())
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": [picture]})
     return rows
 

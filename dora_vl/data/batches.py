@@ -1,4 +1,4 @@
-"""Collates samples into a batch: one row per sample, or several per row as trees; counts everything cut or skipped."""
+"""Collates samples into a batch: a sequence each, or several in one as trees; counts everything cut or skipped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dora_vl.data.columns import Packing
-from dora_vl.data.packing import assign_rows, build_trees, pack, tokens_of
+from dora_vl.data.packing import build_trees, deal_trees, pack, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 PACKED_TOKENS = 8_192
-"""A packed row holds about this many tokens at most; a larger micro-batch becomes several rows."""
+"""A packed sequence holds about this many tokens at most; a larger micro-batch becomes several sequences."""
 Join: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 """Joins what each sample of a batch has beside its tokens, by the names of its inputs."""
 
@@ -69,12 +69,12 @@ def answers_of(groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     """
     numbers: dict[str, list[tuple[int, int]]] = {"pairs": [], "of_pictures": []}
     keys: list[tuple[int, int]] = []
-    for rows in groups:
+    for answers in groups:
         first = len(keys)
-        keys += [(row.index, number) for number, row in enumerate(rows)]
-        for chosen, other in product(range(len(rows)), repeat=2):
-            if rows[chosen].weight > 0 > rows[other].weight:
-                kind = "of_pictures" if rows[other].exchanged else "pairs"
+        keys += [(answer.index, number) for number, answer in enumerate(answers)]
+        for chosen, other in product(range(len(answers)), repeat=2):
+            if answers[chosen].weight > 0 > answers[other].weight:
+                kind = "of_pictures" if answers[other].exchanged else "pairs"
                 numbers[kind].append((first + chosen, first + other))
     tensors = {kind: torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T for kind, pairs in numbers.items()}
     return {**tensors, "keys": keys}
@@ -105,18 +105,18 @@ def concatenated(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 class Collator:
     """Joins samples' inputs by name: tokens are padded, pictures are joined by `join`.
 
-    A batch without pictures gets a further row, `dummy`: under ZeRO-3 every rank must run the vision part, and what
-    trains in it gets gradients of zero instead of none. A batch without videos gets `dummy_video`, since ranks must run
-    it equally often, and in many families pictures and videos are a pass each; where they have the same inputs, either
-    will do.
+    A batch without pictures gets a further sequence, `dummy`: under ZeRO-3 every rank must run the vision part, and
+    what trains in it gets gradients of zero instead of none. A batch without videos gets `dummy_video`, since ranks
+    must run it equally often, and in many families pictures and videos are a pass each; where they have the same
+    inputs, either will do.
 
     Args:
-        pad_token_id: fills short rows.
+        pad_token_id: fills short sequences.
         join: joins what samples have beside their tokens; `Encoder.collate` has its family's.
-        dummy: a row with a picture and without labels; None where no rank ever sees a picture, and in decoding.
+        dummy: a sequence with a picture and without labels; None where no rank ever sees a picture, and in decoding.
         dummy_video: likewise with a video.
         pad_side: training pads on the right; decoding needs the left.
-        packing: `plain`: a sample each. `packed`: several share a row, each by itself: the same loss, hardly any
+        packing: `plain`: a sample each. `packed`: several share a sequence, each by itself: the same loss, hardly any
             padding. `trees`: and those that share something, such as their pictures, share what they begin with.
         compares: a batch says which answers belong together, and by their weights which are good.
         unmatched: each prompt also gets the answer to the next one, with weight 0, which `kto` measures by.
@@ -139,10 +139,10 @@ class Collator:
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """Returns one batch and its bookkeeping; None is left out."""
         usable = [item for item in items if isinstance(item, Sample)]
-        groups = [[*sample.rows()] for sample in usable]
+        groups = [[*sample.texts()] for sample in usable]
         if self.unmatched:
             groups = [with_mismatched_answer(groups, number) for number in range(len(groups))]
-        samples = [row for rows in groups for row in rows]
+        samples = [answer for answers in groups for answer in answers]
         batch = self._inputs(samples)
         if self.packing == "plain":
             tokens = sum(len(sample.input_ids) for sample in samples)
@@ -178,33 +178,38 @@ class Collator:
         return self._joined(shown) if self.packing == "plain" else self._forest(shown)
 
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Returns rows that hold several samples, and who sees whom in them."""
+        """Returns sequences that hold several samples, and who sees whom in them."""
         index = {id(sample): number for number, sample in enumerate(samples)}
+
+        def numbers_of(some: Sequence[Sample]) -> Tensor:
+            return torch.tensor([index[id(sample)] for sample in some])
+
         trees = build_trees(samples, budget=PACKED_TOKENS, shared=self.packing == "trees")
         lengths = [tokens_of(tree) for tree in trees]
-        rows = [pack([trees[tree] for tree in row]) for row in assign_rows(lengths, -(-sum(lengths) // PACKED_TOKENS))]
+        dealt = deal_trees(lengths, -(-sum(lengths) // PACKED_TOKENS))
+        sequences = [pack([trees[tree] for tree in numbers]) for numbers in dealt]
         of_tokens: dict[str, tuple[int, list[Tensor]]] = {
-            "input_ids": (self.pad_token_id, [row.input_ids for row in rows]),
-            "labels": (IGNORED_LABEL, [row.labels for row in rows]),
-            "attention_mask": (0, [torch.ones_like(row.input_ids) for row in rows]),
-            "segment": (-1, [row.segment for row in rows]),
-            "steps": (0, [row.steps for row in rows]),
-            "sources": (-1, [row.sources for row in rows]),
-            "samples": (-1, [torch.tensor([index[id(sample)] for sample in row.samples])[row.segment] for row in rows]),
+            "input_ids": (self.pad_token_id, [packed.input_ids for packed in sequences]),
+            "labels": (IGNORED_LABEL, [packed.labels for packed in sequences]),
+            "attention_mask": (0, [torch.ones_like(packed.input_ids) for packed in sequences]),
+            "segment": (-1, [packed.segment for packed in sequences]),
+            "steps": (0, [packed.steps for packed in sequences]),
+            "sources": (-1, [packed.sources for packed in sequences]),
+            "samples": (-1, [numbers_of(packed.samples)[packed.segment] for packed in sequences]),
         }
-        for name in dict.fromkeys(name for row in rows for name in row.inputs if name != "attention_mask"):
-            of_tokens[name] = 0, [row.inputs.get(name, torch.zeros_like(row.input_ids)) for row in rows]
+        for name in dict.fromkeys(name for packed in sequences for name in packed.inputs if name != "attention_mask"):
+            of_tokens[name] = 0, [packed.inputs.get(name, torch.zeros_like(packed.input_ids)) for packed in sequences]
         batch: dict[str, Any] = {
             name: self._tokens([value[None] for value in values], fill) for name, (fill, values) in of_tokens.items()
         }
-        positions = self._tokens([row.positions[None].mT for row in rows], 0).permute(2, 0, 1)
+        positions = self._tokens([packed.positions[None].mT for packed in sequences], 0).permute(2, 0, 1)
         batch["position_ids"] = positions[0] if len(positions) == 1 else positions
-        sees = [row.sees for row in rows]
+        sees = [packed.sees for packed in sequences]
         most = max(map(len, sees))
         batch["layout"] = {name: batch.pop(name) for name in ("segment", "steps", "sources", "samples")} | {
             "sees": torch.stack([torch.nn.functional.pad(table, (0, most - len(table)) * 2) for table in sees])
         }
-        return batch | self._joined_media([root for row in rows for root in row.roots])
+        return batch | self._joined_media([root for packed in sequences for root in packed.roots])
 
     def _joined(self, samples: Sequence[Sample]) -> dict[str, Any]:
         joined: dict[str, Any] = {
@@ -229,10 +234,10 @@ class Collator:
         stored = [outputs for sample in samples for outputs in sample.stored]
         return self.join(media) | ({"stored": stored} if stored else {})
 
-    def _tokens(self, rows: Sequence[Tensor], value: int) -> Tensor:
+    def _tokens(self, sequences: Sequence[Tensor], value: int) -> Tensor:
         if self.pad_side == "left":
-            return stacked([row.flip(1) for row in rows], value).flip(1)
-        return stacked(rows, value)
+            return stacked([sequence.flip(1) for sequence in sequences], value).flip(1)
+        return stacked(sequences, value)
 
 
 def _media(sample: Sample) -> frozenset[str]:

@@ -1,10 +1,11 @@
-"""Packs samples into rows as forests of segments: what samples share is stored once, and the others lie side by side.
+"""Packs samples into sequences as forests of segments: what samples share is stored once, the rest lies side by side.
 
-A row is made of trees of segments. A token sees its own segment up to itself and all segments above it, and its
+A sequence is made of trees of segments. A token sees its own segment up to itself and all segments above it, and its
 position is that of its own path. A sample is the path from a root to a leaf: by itself it is a tree of one segment;
-several lie side by side in a row (packing), questions about the same pictures are branches after them, and the choices
-of a question are branches after it. `build_trees` finds what samples share, `assign_rows` fills rows, and `pack` makes
-a row's tensors, which say which tokens attend to which; `backbones.packed_attention` has a model follow them.
+several lie side by side in a sequence (packing), questions about the same pictures are branches after them, and the
+choices of a question are branches after it. `build_trees` finds what samples share, `deal_trees` fills sequences, and
+`pack` makes a sequence's tensors, which say which tokens attend to which; `backbones.packed_attention` has a model
+follow them.
 """
 
 from __future__ import annotations
@@ -122,15 +123,15 @@ def _same_media(first: Sample, second: Sample) -> bool:
     )
 
 
-def assign_rows(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Deals trees to `rows` of about equally many tokens: the longest first, to the shortest row."""
-    filled = [(0, row) for row in range(rows)]
-    trees: list[list[int]] = [[] for _ in range(rows)]
+def deal_trees(lengths: Sequence[int], sequences: int) -> list[list[int]]:
+    """Deals trees to `sequences` of about equally many tokens: the longest first, to the shortest sequence."""
+    filled = [(0, sequence) for sequence in range(sequences)]
+    trees: list[list[int]] = [[] for _ in range(sequences)]
     for tree in sorted(range(len(lengths)), key=lambda tree: -lengths[tree]):
-        tokens, row = heapq.heappop(filled)
-        trees[row].append(tree)
-        heapq.heappush(filled, (tokens + lengths[tree], row))
-    return [sorted(row) for row in trees if row]
+        tokens, sequence = heapq.heappop(filled)
+        trees[sequence].append(tree)
+        heapq.heappush(filled, (tokens + lengths[tree], sequence))
+    return [sorted(sequence) for sequence in trees if sequence]
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Packed:
         sources: the place whose hidden state predicts each token, that before it on its path; -1 at a root's first.
         sees: whether the tokens of a segment see those of another, itself and all above it.
         samples: whose tokens each segment holds; of several, which share it, the first.
-        roots: the samples whose pictures and videos are in the row, in order.
+        roots: the samples whose pictures and videos are in the sequence, in order.
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -161,7 +162,7 @@ class Packed:
 
 
 def pack(trees: Sequence[Tree]) -> Packed:
-    """Returns a row of trees."""
+    """Returns a sequence of trees."""
     segments: list[Segment] = []
     parents: list[int | None] = []
     for tree in trees:

@@ -80,8 +80,8 @@ class Sample(Encoded):
     index: int = -1
     id: str = ""
 
-    def rows(self) -> list[Sample]:
-        """Returns the sample and its `others`, a row each."""
+    def texts(self) -> list[Sample]:
+        """Returns the sample and its `others`, a text each."""
         return [self, *(Sample(**{**vars(other), "index": self.index, "id": self.id}) for other in self.others)]
 
 

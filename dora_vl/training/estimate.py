@@ -51,13 +51,13 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
 
 @dataclass(frozen=True)
 class Samples:
-    """Describes a micro-batch: its rows, and the tokens and labelled tokens of each.
+    """Describes a micro-batch: its samples' number, and the tokens and labelled tokens of each.
 
     A row of compared or drawn answers holds all of a sample's. The reference's pass before each step sees the share
     `reference` of them; where the model draws answers itself (`drawn`), each token passes forward once more.
     """
 
-    rows: int
+    count: int
     tokens: int
     labelled: int
     reference: float = 0.0
@@ -129,8 +129,8 @@ class PlannedRun:
             engine,
             held_by(self.model, engine, half_precision=self.half_precision),
             activations_of(self.model).of(
-                tokens=samples.rows * samples.tokens,
-                labelled=samples.rows * samples.labelled,
+                tokens=samples.count * samples.tokens,
+                labelled=samples.count * samples.labelled,
                 recomputed=self.recomputes if recomputes is None else recomputes,
             ),
             accumulates=self.micro_batches > 1,
@@ -165,7 +165,7 @@ class PlannedRun:
     def flop(self) -> int:
         """Returns a rank's FLOP for a step in the text layers and the head; passes without gradients are included."""
         samples, text = self.samples, self.model.config.get_text_config()
-        tokens, labelled = samples.rows * samples.tokens, samples.rows * samples.labelled
+        tokens, labelled = samples.count * samples.tokens, samples.count * samples.labelled
         attention = tokens * samples.tokens * text.hidden_size * text.num_hidden_layers
         forward, backward = ATTENTION_FORWARD * attention, ATTENTION_BACKWARD * attention
         embeddings = self.model.get_input_embeddings().weight
@@ -201,10 +201,10 @@ def plan_run(
     if tokens < pictures + 2:
         raise UserError(f"{tokens} tokens per sample: a single picture of this model takes {pictures}; raise --tokens")
     words = tokens - pictures - 1
-    rows = int(section.get("per_device_train_batch_size", 8))
+    count = int(section.get("per_device_train_batch_size", 8))
     if labelled is None and settings.objective.kind == "reward":
         labelled = settings.objective.max_new_tokens
-    samples = Samples(rows, tokens, words if labelled is None else min(labelled, words))
+    samples = Samples(count, tokens, words if labelled is None else min(labelled, words))
     samples = with_answers(settings, samples, counted=counted)
     half = settings.adapter.method == "full" and bool(section.get("bf16") or section.get("fp16"))
     return PlannedRun(model, section, half, samples)
@@ -228,7 +228,7 @@ def with_answers(settings: Any, samples: Samples, *, counted: bool = False) -> S
         answers = 2 + looks + any(loss.needs_unmatched for loss in objective.losses)
     prompts = 1 + looks if settings.data.packing == "trees" else answers
     tokens, drawn = prompts * prompt + answers * answer, objective.kind == "reward" and objective.vllm is None
-    return Samples(samples.rows, tokens, answers * answer, reference, drawn)
+    return Samples(samples.count, tokens, answers * answer, reference, drawn)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def estimate(arguments: argparse.Namespace) -> Iterator[str]:
     planned, epoch = _planned(config, arguments)
     bytes_of_a_gpu, samples = planned.on(gpus), planned.samples
     yield str(bytes_of_a_gpu.table())
-    yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
+    yield f"a micro-batch: {samples.count} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
     other = planned.on(gpus, recomputes=not planned.recomputes)
     yield f"with training.gradient_checkpointing: {str(not planned.recomputes).lower()} {gib(other.total)} GiB"
     by_engine = ", ".join(f"{stage} {gib(planned.on(gpus, stage).total)}" for stage in ("zero0", "zero2", "zero3"))
@@ -351,7 +351,7 @@ def _steps(planned: PlannedRun, samples: int, *, replay: float) -> int:
     """Returns at least how many optimizer steps an epoch's samples, and the base's chats beside them, take."""
     if (most := planned.section.get("max_steps", -1)) > 0:
         return int(most)
-    micro_batches = math.ceil((samples + chats_in_epoch(replay, samples)) / planned.samples.rows)
+    micro_batches = math.ceil((samples + chats_in_epoch(replay, samples)) / planned.samples.count)
     return math.ceil(math.ceil(micro_batches / planned.micro_batches) * planned.section.get("num_train_epochs", 3))
 
 

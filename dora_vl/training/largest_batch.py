@@ -84,8 +84,8 @@ class LargestBatch(TrainerCallback):
             if not items:
                 return
             trouble, batch = self._trouble(items, args), self._data.collate(items)
-            rows, tokens = batch["input_ids"].shape
-            size = f"{batch['samples']} samples in {rows} rows of {tokens} tokens"
+            sequences, tokens = batch["input_ids"].shape
+            size = f"{batch['samples']} samples in {sequences} sequences of {tokens} tokens"
             if trouble is None:
                 logger.info("the largest micro-batch fits, %s, with %.2f GiB", size, memory_gib(args.device))
                 return
@@ -137,7 +137,7 @@ def cost_of(activations: Activations, *, recomputed: bool) -> Callable[[Pool], i
 
     def cost(items: Pool) -> int:
         samples = [
-            row for sample in _samples(items) for row in (sample.rows() if isinstance(sample, Sample) else [sample])
+            text for sample in _samples(items) for text in (sample.texts() if isinstance(sample, Sample) else [sample])
         ]
         padded = len(samples) * max(map(tokens_of, samples), default=0)
         labelled = sum(int((sample.labels != IGNORED_LABEL).sum()) for sample in samples)

@@ -182,7 +182,7 @@ class SampleEncoder:
     def trained(self, example: Example, sample: Sample, examples: Examples) -> list[list[TrainedAnswer]]:
         """Lists for each text of a sample what its labels must say; `examples` are those that it was made among."""
         answers = self.encoder.answers(example)
-        return [[answers[number] for number in text.answers] for text in sample.rows()]
+        return [[answers[number] for number in text.answers] for text in sample.texts()]
 
 
 @dataclass(frozen=True, kw_only=True)

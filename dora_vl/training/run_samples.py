@@ -99,10 +99,12 @@ class RunSamples:
     @property
     def has_thoughts(self) -> bool:
         """Returns True where a turn begins with thoughts, in evenly spread samples or the first of a stream."""
-        rows: list[Example | BadSample] = [*self.first_streamed]
+        examples: list[Example | BadSample] = [*self.first_streamed]
         for table in self.tables:
-            rows += table.select(range(0, len(table), max(1, len(table) // HASHED_ROWS)))
-        return any(turn.text.lstrip().startswith(THINK) for row in rows for turn in getattr(row, "turns", ()))
+            examples += table.select(range(0, len(table), max(1, len(table) // HASHED_ROWS)))
+        return any(
+            turn.text.lstrip().startswith(THINK) for example in examples for turn in getattr(example, "turns", ())
+        )
 
     @property
     def pictures(self) -> list[tuple[str, ...]]:
@@ -145,9 +147,9 @@ class RunSamples:
     @property
     def judgements(self) -> tuple[bool, bool]:
         """Tells whether some samples are called good or bad, and whether some have rejected answers."""
-        rows, tables = self.first_streamed, self.tables
-        judged = any(row.is_good is not None for row in rows) or any(table.is_judged for table in tables)
-        return judged, any(row.rejected for row in rows) or any(table.most_rejected for table in tables)
+        first, tables = self.first_streamed, self.tables
+        judged = any(example.is_good is not None for example in first) or any(table.is_judged for table in tables)
+        return judged, any(example.rejected for example in first) or any(table.most_rejected for table in tables)
 
 
 def read_tables(data: DataConfig, *, seed: int) -> tuple[ExampleTable, ExampleTable | None]:

@@ -186,7 +186,7 @@ def labelled(samples: RunSamples, encoder: SampleEncoder) -> Iterator[Labelled]:
         elif isinstance(example, Example):
             used += 1
             trained = encoder.trained(example, sample, samples.train or ())
-            for text, answers in zip(sample.rows(), trained, strict=True):
+            for text, answers in zip(sample.texts(), trained, strict=True):
                 cut = len(text.labels) == longest
                 yield Labelled(id=sample.id, labels=text.labels, answers=answers, tokenizer=tokenizer, cut=cut)
     if bad and not used:
@@ -201,9 +201,10 @@ def _first(samples: RunSamples, encoder: SampleEncoder) -> Iterator[tuple[Exampl
         dataset = encoder.dataset(train, train.stored)
         for index in _first_indices(train.rows[:FIRST_ROWS]["images"]):
             yield train[index], dataset[index]
-    rows = samples.first_streamed
-    for index in _first_indices([row.images for row in rows]):
-        yield rows[index], encoder.dataset([rows[index]], rows[index].image_bytes)[0]
+    examples = samples.first_streamed
+    for index in _first_indices([example.images for example in examples]):
+        example = examples[index]
+        yield example, encoder.dataset([example], example.image_bytes)[0]
 
 
 def _first_indices(images: Sequence[Sequence[str]]) -> list[int]:

@@ -46,7 +46,7 @@ def with_system(conversation: Conversation, system: Turn = SYSTEM) -> Conversati
 
 def trained(encoder: Encoder, sample: Sample) -> str:
     """What of a sample has labels, as text, in the order of its rows' last answers."""
-    rows = sorted(sample.rows(), key=lambda row: row.answers[-1])
+    rows = sorted(sample.texts(), key=lambda row: row.answers[-1])
     return "".join(encoder.tokenizer.decode(row.labels[row.labels != IGNORED_LABEL]) for row in rows)
 
 
@@ -206,7 +206,7 @@ def test_a_greeting_is_untrained_where_the_template_writes_it(caplog: Any, tmp_p
         assert torch.equal(sample.input_ids[: len(prompt)], prompt)
         assert trained(encoder, sample) == trained(encoder, plain)
         assert is_kept != torch.equal(sample.input_ids, plain.input_ids)
-        assert sorted(number for row in sample.rows() for number in row.answers) == [*range(1, len(greeted) // 2 + 1)]
+        assert sorted(number for row in sample.texts() for number in row.answers) == [*range(1, len(greeted) // 2 + 1)]
     assert ("greeting" in caplog.text) != is_kept
 
 

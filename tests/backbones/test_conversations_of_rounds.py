@@ -264,14 +264,14 @@ def test_rounds_of_one_talk_share_what_they_begin_with_and_train_each_token_once
         names = tuple(f"{number}.png" for number in range(len(pictures)))
         encoded = encoder.encode(Example("conversation", names, talk_of(3, (True,) * 3, shown)), pictures)
         sample = Sample(**vars(encoded), index=5, id="conversation")
-        assert [(row.id, row.index) for row in sample.rows()] == [("conversation", 5)] * 3
+        assert [(row.id, row.index) for row in sample.texts()] == [("conversation", 5)] * 3
         plain, trees = (replace(encoder.collate, packing=kind)([sample]) for kind in ("plain", "trees"))
         assert plain["samples"] == trees["samples"] == 1
         trained = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in (plain, trees)]
-        assert trained[0] == trained[1] == sum(int((row.labels != IGNORED_LABEL).sum()) for row in sample.rows())
-        whole = sum(len(row.input_ids) for row in sample.rows())
+        assert trained[0] == trained[1] == sum(int((row.labels != IGNORED_LABEL).sum()) for row in sample.texts())
+        whole = sum(len(row.input_ids) for row in sample.texts())
         assert int((trees["layout"]["segment"] >= 0).sum()) < whole
-        trees = build_trees(sample.rows(), budget=10**6)
+        trees = build_trees(sample.texts(), budget=10**6)
         assert {len(tree) > 1 for tree in trees} == ({True} if len(shown) < 2 else {True, False})
 
 

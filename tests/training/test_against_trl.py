@@ -116,7 +116,7 @@ def test_a_model_with_pictures_has_the_loss_that_trls_trainer_computes(name: str
     samples = items(encoder)
     rows: list[dict[str, Any]] = []
     for sample, example in zip(samples, EXAMPLES, strict=True):
-        tokens = [encoder.tokenizer.convert_ids_to_tokens(row.input_ids[row.labels >= 0]) for row in sample.rows()]
+        tokens = [encoder.tokenizer.convert_ids_to_tokens(row.input_ids[row.labels >= 0]) for row in sample.texts()]
         chosen, *rejected = ("".join(answer).replace("\u0120", " ") for answer in tokens)
         prompt = encoder.prompts.render(example.turns[:-1], generation_prompt=True).text
         images = [PICTURES[picture] for picture in example.images]
@@ -162,9 +162,9 @@ def test_a_model_with_pictures_has_the_loss_that_trls_trainer_computes(name: str
 
 def _chosen(sample: Any) -> list[Any]:
     """TRL's batch holds the chosen answer again beside each rejected one."""
-    first, *others = sample.rows()
+    first, *others = sample.texts()
     return [first] * len(others)
 
 
 def _rejected(sample: Any) -> list[Any]:
-    return sample.rows()[1:]
+    return sample.texts()[1:]

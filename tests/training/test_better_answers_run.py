@@ -183,7 +183,7 @@ def test_another_picture_is_drawn_by_seed_and_sample(tiny_llava: Path, tmp_path:
     drawn = []
     for index in reversed(range(len(dataset))):
         sample = sample_of(dataset, index)
-        chosen, rejected, exchanged = sample.rows()
+        chosen, rejected, exchanged = sample.texts()
         assert [row.weight for row in (chosen, rejected, exchanged)] == [1, -1, -1]
         assert [row.exchanged for row in (chosen, rejected, exchanged)] == [False, False, True]
         assert chosen.media == rejected.media != exchanged.media
@@ -203,8 +203,8 @@ def test_words_alone_get_none_and_the_batch_says_what_is_compared(tiny_llava: Pa
     rows[2]["rejected"] = [rows[2]["rejected"], "white it"]
     path.write_text(json.dumps(rows))
     dataset = samples(tiny_llava, path)
-    assert [len(sample_of(dataset, index).rows()) for index in range(4)] == [3, 2, 3, 3]
-    named = sample_of(dataset, 2).rows()
+    assert [len(sample_of(dataset, index).texts()) for index in range(4)] == [3, 2, 3, 3]
+    named = sample_of(dataset, 2).texts()
     assert [row.media for row in named] == [(rows[2]["image"],), (rows[5]["image"],), (rows[5]["image"],)]
     assert not any(row.exchanged for row in named)
     batch = Collator(0, packing="trees", compares=True)([dataset[index] for index in range(4)])

@@ -387,7 +387,7 @@ def test_what_does_not_fit_ends_before_the_first_step_with_what_does(run_file, m
         trained(
             run_file, "--data.packing=plain", "--training.per_device_train_batch_size=16", "--try_largest_batch=true"
         )
-    for fact in ("16 rows", "2 fit"):
+    for fact in ("16 sequences", "2 fit"):
         assert fact in str(error.value)
     assert read_log(run_file.parent / "run" / "log.jsonl") == []
 

@@ -122,7 +122,7 @@ def test_loss_is_that_of_two_models_and_single_rows(encoder: Encoder, backbone: 
 
     pairs, learned, tokens = list[tuple[float, float]](), 0.0, 0
     for item in samples:
-        rows = [(log_prob(backbone, row), log_prob(before, row)) for row in item.rows()]
+        rows = [(log_prob(backbone, row), log_prob(before, row)) for row in item.texts()]
         chosen, *others = [0.3 * float(now[0] - then[0]) for now, then in rows]
         pairs += [(chosen, other) for other in others]
         learned, tokens = learned + float(rows[0][0][0]), tokens + rows[0][0][1]
@@ -140,7 +140,7 @@ def test_loss_is_that_of_two_models_and_single_rows(encoder: Encoder, backbone: 
     assert output["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert output["rewards/margin"].item() == pytest.approx(sum(margins) / len(margins), rel=1e-3)
     assert output["labelled_tokens"].item() == sum(
-        int((row.labels != -100).sum()) for item in samples for row in item.rows()
+        int((row.labels != -100).sum()) for item in samples for row in item.texts()
     )
 
 
@@ -358,7 +358,7 @@ def test_loss_and_gradient_are_the_equation(name, packing, encoder, backbone, tm
         for gradient, more in zip(gradients, torch.autograd.grad(outputs[-1]["loss"], trained), strict=True):
             gradient += more
 
-    rows = [row for batch in answered for item in batch["made_of"] for row in item.rows()]
+    rows = [row for batch in answered for item in batch["made_of"] for row in item.texts()]
     assert len(rows) == 3 * GROUP
     log_probs = [alone(backbone, row) for row in rows]
     with torch.no_grad():
@@ -395,7 +395,7 @@ def test_prompts_are_those_that_inference_asks(encoder: Encoder, backbone: Decod
     (batch,), _, _ = rollouts.draw_batches([rollouts.collate(items(encoder))], step=0)
     for item, example in zip(batch["made_of"], EXAMPLES, strict=True):
         prompt = encoder.encode_prompt(example.turns[:1], [PICTURES[name] for name in example.images])
-        for row in item.rows():
+        for row in item.texts():
             start = int((row.labels >= 0).int().argmax())
             assert torch.equal(row.input_ids[:start], prompt.input_ids)
             assert torch.equal(row.labels[start:], row.input_ids[start:])
@@ -404,11 +404,11 @@ def test_prompts_are_those_that_inference_asks(encoder: Encoder, backbone: Decod
 def test_no_picture_s_token_is_drawn(encoder: Encoder, backbone: DecoderBackbone, tmp_path: Path) -> None:
     (batch,), _, _ = rollouts_of(encoder, backbone, tmp_path).draw_batches([collated(encoder)], step=1)
     drawn = {
-        token for item in batch["made_of"] for row in item.rows() for token in row.labels[row.labels >= 0].tolist()
+        token for item in batch["made_of"] for row in item.texts() for token in row.labels[row.labels >= 0].tolist()
     }
     rollouts = rollouts_of(encoder, backbone, tmp_path, never=drawn)
     (batch,), _, _ = rollouts.draw_batches([collated(encoder)], step=1)
-    others = {token for item in batch["made_of"] for row in item.rows() for token in row.labels.tolist()} - {-100}
+    others = {token for item in batch["made_of"] for row in item.texts() for token in row.labels.tolist()} - {-100}
     assert others
     assert not others & drawn
 
@@ -434,7 +434,7 @@ def test_draws_follow_the_model_s_probabilities(encoder: Encoder, backbone: Deco
     counts, steps, numbers = torch.zeros(len(encoder.tokenizer)), 30, dict[str, torch.Tensor]()
     for step in range(steps):
         (batch,), _, numbers = rollouts.draw_batches([rollouts.collate([sample])], step=step)
-        for row in batch["made_of"][0].rows():
+        for row in batch["made_of"][0].texts():
             counts[row.labels[row.labels >= 0][0]] += 1
     start = int((sample.labels >= 0).int().argmax())
     inputs = {name: value for name, value in sample.inputs.items() if name != "attention_mask"}

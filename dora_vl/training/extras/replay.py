@@ -135,19 +135,19 @@ def chats_path(config: RunConfig, encoder: Encoder) -> Path:
 
 def write_chats(path: Path, assistant: Assistant, model: ModelConfig, count: int = CHATS) -> None:
     """Has a base write its chats into a file."""
-    started, writer, rows = time.monotonic(), ChatWriter(assistant, model), []
+    started, writer, chats = time.monotonic(), ChatWriter(assistant, model), []
     for chat in tqdm(writer.write(count), desc=f"{model.base} writes chats", total=count, disable=None):
         question, answer = (turn.text for turn in chat.turns)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        rows.append({"id": chat.id, "conversations": turns})
-    if len(rows) < count // 8:
+        chats.append({"id": chat.id, "conversations": turns})
+    if len(chats) < count // 8:
         raise SettingError(
-            "data.replay", f": {model.base} wrote {len(rows)} chats that can be used in {writer.tried} tries; set it 0"
+            "data.replay", f": {model.base} wrote {len(chats)} chats that can be used in {writer.tried} tries; set it 0"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_lines(path, rows)
+    write_json_lines(path, chats)
     seconds = time.monotonic() - started
-    logger.info("%d chats of %d that %s began kept in %s, %.0f s", len(rows), writer.tried, model.base, path, seconds)
+    logger.info("%d chats of %d that %s began kept in %s, %.0f s", len(chats), writer.tried, model.base, path, seconds)
 
 
 def check_replay(config: RunConfig) -> None:
@@ -239,15 +239,17 @@ def chats_in_epoch(share: float, samples: float) -> int:
 
 
 def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
-    """Returns about how many tokens of a row are labelled, by rows at even distances that can be rendered."""
-    rows = [
+    """Returns about how many tokens of an example are labelled, by some at even distances that can be rendered."""
+    examples = [
         row for row in table.select(range(0, len(table), -(-len(table) // COUNTED_ROWS))) if isinstance(row, Example)
     ]
     counts: list[int] = []
-    for row in rows:
-        turns = [turn for turn in row.turns if turn.role == "assistant"]
+    for example in examples:
+        turns = [turn for turn in example.turns if turn.role == "assistant"]
         with suppress(ValueError):
-            texts = ["".join(each) for turn, each in zip(turns, encoder.answers(row), strict=True) if turn.is_trained]
+            texts = [
+                "".join(each) for turn, each in zip(turns, encoder.answers(example), strict=True) if turn.is_trained
+            ]
             tokens = sum(len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
             counts.append(min(tokens, encoder.max_tokens))
     return max(1.0, sum(counts) / max(1, len(counts)))
