@@ -159,16 +159,16 @@ def test_what_does_not_exist_is_refused(spec: TowerSpec) -> None:
 
 VERBS = """
 import json, sys
-from importlib import import_module
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from dora_vl import cli
 towers = {'architecture': 'resnet18', 'hidden_size': 512}
 for words in json.loads(sys.argv[1]):
     CONFIG_MAPPING._extra_content.pop('dora_grid_tower', None)
-    module = import_module(cli.COMMANDS[words[0]][0])
-    module.run = lambda options: [type(AutoConfig.for_model('dora_grid_tower', **towers)).__name__]
-    cli.main(words)
+    try:
+        cli.main(words)
+    except SystemExit:  # there is no such adapter
+        print(type(AutoConfig.for_model('dora_grid_tower', **towers)).__name__)
 """
 
 
@@ -176,7 +176,7 @@ def test_verbs_that_open_bases_have_registered_them() -> None:
     verbs = [["merge", "--adapter", "a", "--to", "b"], ["export", "--for", "vllm", "--adapter", "a", "--to", "b"]]
     command = [sys.executable, "-c", VERBS, json.dumps(verbs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.stdout.split(), done.stderr) == (["GridTowerConfig"] * 2, ""), done.stderr
+    assert done.stdout.split() == ["GridTowerConfig"] * 2, done.stderr
 
 
 TIMM = TowerSpec(library="timm", name="tf_efficientnet_lite0", weights="random", image_size=64)

@@ -115,7 +115,7 @@ def test_a_resumed_run_has_the_answers_of_the_whole_one(run_file: Path) -> None:
 def test_without_validation_the_test_is_asked_now_and_then(run_file: Path) -> None:
     records = str(read_run_file(run_file).data.train)
     folder = trained(
-        run_file, "run", f"--evaluation.file={records}", "--training.max_steps=12", "--data.cache_features=true"
+        run_file, f"--evaluation.file={records}", "--training.max_steps=12", "--data.cache_features=true", name="run"
     )
     assert [line["step"] for line in answers(folder)] == [0, 3, 5, 8, 10, 12]
     assert json_of(folder / "watched" / "questions.json")["source"] == records
