@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -35,6 +37,7 @@ from dora_vl.backbones.base import (
     model_type_of,
     sees_pictures,
 )
+from dora_vl.backbones.capped_head import NOT_FOLLOWED, PLACES, find_head, run_capped, whole_weights
 from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.families.quirks import CROSSING, words_pass_by
 from dora_vl.backbones.families.table import LLAVA, TURNED_UNDER_ZERO3
@@ -47,10 +50,12 @@ from dora_vl.data.columns import Packing
 from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-from dora_vl.errors import BadSample, UserError, one_line
+from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 from dora_vl.heads.next_token import in_chunks, label_losses, losses_of
 from dora_vl.shapes import Int
+
+log = logging.getLogger(__name__)
 
 
 class DecoderBackbone(Backbone[PreTrainedModel]):
@@ -73,8 +78,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(words_pass_by, with_kwargs=True)
         self.packed_attention = PackedAttention(model, decoder_of(model))
-        self._head_is_last: bool | None = None
-        """True where the output layer's scores are neither scaled nor capped afterwards; the first pass finds out."""
+        self.head_place = find_head(model)
+        log.info("scores: the head's %s", PLACES[self.head_place])
         self.train(model.training)
 
     @property
@@ -110,14 +115,14 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             expected: what takes the place of some samples' labels.
             layout: what each token sees, and what predicts it, where rows hold several samples (`data.batches`).
             stored: stored outputs for the pictures of each sample that has some.
-            keep_logits: returns logits; otherwise they are computed in chunks where `_head_is_last`.
+            keep_logits: returns logits; otherwise those of a large vocabulary are computed in chunks.
             inputs: the processor's other inputs, by its own names.
         """
         rows, positions, targets, samples = _predicted(labels, attention_mask, layout)
+        inputs = {"input_ids": input_ids, **model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
         head: Any = head_of(self.model)
-        # While unknown, both are computed: ZeRO-3 records the first backward pass, which later ones must equal.
-        chunked = self._head_is_last is not False and not keep_logits and in_chunks(head)
-        hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()
+        chunked = self.head_place != "inside" and not keep_logits and in_chunks(head)
+        is_sharded = isinstance(self.model, FSDPModule) or hasattr(head.weight, "ds_id")  # FSDP2, ZeRO-3
 
         def losses_at(values: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
             """Applies a loss to the labels, or to what is expected in their place."""
@@ -128,29 +133,17 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             places = places[samples[places].argsort(stable=True)]  # sample by sample
             return each.index_copy(0, places, loss(values[places], expected.scores))
 
-        def only_labelled(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden.append(seen[0][rows, positions])
-            if chunked:
-                losses.append(losses_at(hidden[0], partial(label_losses, scores=head.forward)))
-            return (hidden[0][: 1 if chunked and self._head_is_last else None].unsqueeze(0), *seen[1:])
-
-        inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
-        # Hooks inside the model's own forward leave what it does to logits (scales, soft caps) to the model.
-        hooks = [head.register_forward_pre_hook(only_labelled)]
-        if self._head_is_last is None:
-            # A copy: some models write into their logits in place (Chameleon, over the tokens of pictures).
-            hooks.append(head.register_forward_hook(lambda *seen: scores.append(seen[2].clone())))
-        if self.training and torch.is_grad_enabled():
-            hooks.append(self.model.get_input_embeddings().register_forward_hook(_asks_for_gradients))
-        with contextlib.ExitStack() as hooked, self._replaying(stored):
-            for hook in hooks:
-                hooked.enter_context(hook)
-            logits = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
-        if scores and len(targets):
-            self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
-        logits = logits.squeeze(0)
-        each = losses[0] if chunked and self._head_is_last else losses_at(logits, losses_of)
-        return Features(hidden[0], each, targets, samples, logits if keep_logits else None)
+        with self._hooked(stored):
+            if self.head_place != "open" or is_sharded:
+                hidden, logits, losses = run_capped(self.model, inputs, rows, positions, losses_at, chunked=chunked)
+            else:
+                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
+                if chunked:
+                    logits, losses = None, losses_at(hidden, partial(label_losses, scores=head))
+                else:
+                    logits = head(hidden.unsqueeze(0)).squeeze(0)
+                    losses = losses_at(logits, losses_of)
+        return Features(hidden, losses, targets, samples, logits if keep_logits else None)
 
     @property
     def continues_prompts(self) -> bool:
@@ -169,7 +162,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         """Reads left-padded beginnings of prompts; returns their keys and values."""
         cache = DynamicCache(config=self.config)
         inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, None)}
-        with self._replaying(stored):
+        with self._hooked(stored):
             self.model.base_model(input_ids=input_ids, use_cache=True, **inputs, **{self._cache_name: cache})
         return cache
 
@@ -207,7 +200,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         # instead of 0.01.
         head: Any = head_of(self.model)
         together = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-        with torch.no_grad(), together, self._replaying(stored):
+        with torch.no_grad(), together, self._hooked(stored):
             tokens = generating.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -218,10 +211,15 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             )
         return watch.mark_broken(tokens[:, input_ids.shape[1] :])
 
-    def _replaying(self, stored: Sequence[Outputs]) -> contextlib.AbstractContextManager[None]:
-        if self.frozen_parts is None or not stored:
-            return contextlib.nullcontext()
-        return self.frozen_parts.replaying(self.model, stored)
+    @contextlib.contextmanager
+    def _hooked(self, stored: Sequence[Outputs]) -> Iterator[None]:
+        """Replays stored outputs, and has a training pass reach back to the embeddings."""
+        with contextlib.ExitStack() as hooks:
+            if self.frozen_parts is not None and stored:
+                hooks.enter_context(self.frozen_parts.replaying(self.model, stored))
+            if self.training and torch.is_grad_enabled():
+                hooks.enter_context(self.model.get_input_embeddings().register_forward_hook(_asks_for_gradients))
+            yield
 
     def _attention(self, attention_mask: Tensor, layout: Mapping[str, Tensor] | None) -> dict[str, Tensor | None]:
         """Follows the layout; returns the mask, and positions where the model would take others."""
@@ -318,10 +316,6 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
             )
 
 
-NOT_FOLLOWED = (AttributeError, BadSample, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""A family's own code may raise these over rows that it does not expect."""
-
-
 def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: Packing) -> tuple[Packing, str | None]:
     """Returns the requested kind of rows, or the next simpler one that the model computes correctly and the reason.
 
@@ -340,7 +334,7 @@ def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: Packin
     was_training, reason = backbone.training, None
     backbone.eval()
     try:
-        with torch.no_grad(), _whole_weights(backbone):
+        with torch.no_grad(), whole_weights(backbone):
             samples = _samples(encoder)
             if any(weight.is_meta for weight in backbone.parameters()):  # a skeleton gives no scores
                 replace(encoder.collate, packing=requested)(samples)
@@ -398,18 +392,4 @@ def _last_bits(backbone: DecoderBackbone) -> Iterator[None]:
         return (vectors.double() * (1 + torch.finfo(vectors.dtype).eps * (2 * uniform - 1))).to(vectors.dtype)
 
     with backbone.model.get_input_embeddings().register_forward_hook(off):
-        yield
-
-
-@contextlib.contextmanager
-def _whole_weights(model: nn.Module) -> Iterator[None]:
-    """Gathers each module's weights while it runs under ZeRO-3; the engine that will do it is not there yet."""
-    with contextlib.ExitStack() as hooks:
-        for module in model.modules() if is_deepspeed_zero3_enabled() else ():
-            split: list[Any] = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
-            if split:
-                hooks.enter_context(
-                    module.register_forward_pre_hook(lambda *_, split=split: split[0].all_gather(split))
-                )
-                hooks.enter_context(module.register_forward_hook(lambda *_, split=split: split[0].partition(split)))
         yield

@@ -151,7 +151,7 @@ class PackedAttention:
             layer.register_forward_hook(self._merge_paths)
         _instances[id(self.config)] = self
         self._is_next = False
-        model.register_forward_pre_hook(self._reset_forest)
+        getattr(model, "base_model", model).register_forward_pre_hook(self._reset_forest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Registers a copy for the copied model's config."""

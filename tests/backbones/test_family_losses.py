@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.base import decoder_of
+from dora_vl.backbones.capped_head import HeadPlace
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families.targets import language_targets, projector_patterns
 from dora_vl.backbones.model import DecoderBackbone, check_packing, open_backbone
@@ -136,6 +138,29 @@ def test_of_language_models(folders: Folders, model_type: str) -> None:
     loss.backward()
     assert all(weight.grad is not None for weight in backbone.parameters() if weight.requires_grad)
     assert projector_patterns(backbone.model) == ()
+
+
+INSIDE = {"granite_docling", "chameleon", "gemma3n", "mistral_large4", "muse_glimmer", "muse_spark", "inkling2"} | {
+    *("inkling2_loop", "nemotron_h_omni", "gemma2", "granite", "cohere", "cohere2")
+}
+"""These scale, cap or mask what their head gives."""
+
+
+@pytest.mark.parametrize("family", [*families_in_turn.args[1], *LANGUAGE_MODELS_IN_TURN])
+def test_both_ways_to_the_scores_agree(folders: Folders, family: str) -> None:
+    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
+    batch = batch_of(encoder, [*all_talks_of(family).values()])
+    assert (backbone.head_place == "inside") == (family in INSIDE)
+    ways, places = [], get_args(HeadPlace)
+    for place in places[places.index(backbone.head_place) :]:  # a later one is right for an earlier one's models too
+        backbone.head_place = place
+        backbone.zero_grad()
+        losses, kept = backbone(**batch).losses, backbone(**batch, keep_logits=True)
+        losses.mean().backward()
+        gradients = [weight.grad for weight in backbone.parameters() if weight.grad is not None]
+        ways.append((losses, kept.losses, kept.logits, *gradients))
+    for way in ways[1:]:
+        torch.testing.assert_close(way, ways[0], rtol=1e-4, atol=1e-6)
 
 
 @families_in_turn
