@@ -240,7 +240,7 @@ PREFERRED = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_SECONDS = 3.0
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
-NO_OWN_CODE = {"trust_remote_code": False}
+NO_OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Each `from_pretrained` of transformers' Auto classes takes it, and then never asks whether to run a model's code."""
 BRINGS_CODE = "it brings code of its own (auto_map), which is never run here; take a model that transformers itself has"
 ZIP_START = b"PK"

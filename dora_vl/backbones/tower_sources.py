@@ -215,7 +215,7 @@ def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Prepa
     if spec.image_mean is not None and spec.image_std is not None:
         return Preparation(image_size=size, mean=spec.image_mean, std=spec.image_std)
     with opening(f"{spec.name} has no picture preprocessor; set image_mean and image_std"):
-        processor = AutoImageProcessor.from_pretrained(spec.name, backend="pil", **NO_OWN_CODE)
+        processor: Any = AutoImageProcessor.from_pretrained(spec.name, backend="pil", **NO_OWN_CODE)
         return stated_preparation(processor.to_dict(), size)
 
 
