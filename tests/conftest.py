@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 LAUNCH = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-os.environ.setdefault("USE_HUB_KERNELS", "0")  # reference models; what dora_vl opens: backbones/test_kernels.py
+os.environ.setdefault("USE_HUB_KERNELS", "0")  # reference models; what dora_vl opens: backbones/test_opening.py
 AT_START = {name: os.environ.get(name) for name in LAUNCH}
 
 
@@ -40,15 +40,12 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
     """Sums in one order, for losses and weights that are compared to the bit."""
     import torch
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 FIRST = ("tests/training/", "tests/evaluation/", "tests/core/fast/", "tests/adapters/")
@@ -61,5 +58,8 @@ def place_of(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first; within a folder the order stays."""
+    """Long tests first; within a folder the order stays. A slow one may take 15 minutes."""
     items.sort(key=place_of)
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))

@@ -1,8 +1,10 @@
-"""`dora-vl`: what a person types, what is printed, and exit status 2 with one line for a wrong input."""
+"""`dora-vl`: what a person types, what is printed; status 2 with a line for wrong input, 130 and 143 for signals."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import LlamaForCausalLM
 from dora_vl.cli import COMMANDS, main
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
 
 @pytest.fixture
@@ -129,3 +132,88 @@ def test_a_reader_that_leaves_early_ends_it_quietly(words):
     message = program.stderr.read()
     assert program.wait() in (0, 141)  # argparse itself passes over an error in writing its help
     assert message == ""
+
+
+ROOT = Path(__file__).parents[1]
+CHILD = """
+import os, signal, sys
+number, point = int(sys.argv[1]), sys.argv[2]
+class AtImport:
+    def find_spec(self, module, path=None, target=None):
+        if module == point:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), number)
+sys.meta_path.insert(0, AtImport())
+from dora_vl.cli import main
+main(sys.argv[3:])
+"""
+LINES = {signal.SIGINT: "stopped by Ctrl-C", signal.SIGTERM: "stopped by SIGTERM"}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose steps would take minutes, so that no signal comes after its end."""
+    run_folder = tmp_path_factory.mktemp("interrupted")
+    base, records = write_tiny_llava(run_folder / "base"), write_tiny_data(run_folder / "data")
+    write_run(
+        run_folder / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 9_999, "output_dir": "run"}
+    )
+    return run_folder
+
+
+def started(run_folder: Path, *words: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.Popen(command, cwd=run_folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "module", "line"),
+    [
+        (signal.SIGINT, "dora_vl.run.launch", "train run.yaml"),
+        (signal.SIGTERM, "numpy", "train run.yaml"),  # torch imports it where an exception is lost
+        *(
+            pytest.param(number, *case, marks=pytest.mark.slow)
+            for number, *case in (
+                (signal.SIGINT, "numpy", "train run.yaml"),
+                (signal.SIGINT, "torch", "train run.yaml"),
+                (signal.SIGTERM, "transformers", "train run.yaml"),
+                (signal.SIGINT, "dora_vl.training.trainer", "train run.yaml"),
+                (signal.SIGINT, "dora_vl.evaluation.test", "init data --model base"),
+                (signal.SIGTERM, "dora_vl.training.pipeline", "estimate run.yaml"),
+                (
+                    signal.SIGINT,
+                    "dora_vl.evaluation.open_model",
+                    "ask --model base --image data/red-0.png --question q",
+                ),
+            )
+        ),
+    ],
+)
+def test_whatever_is_imported(run_folder: Path, number: signal.Signals, module: str, line: str) -> None:
+    process = started(run_folder, "-c", CHILD, int(number), module, *line.split())
+    _, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (128 + number, LINES[number] + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", LINES)
+@pytest.mark.parametrize("after", ["records converted", "what trains", "at the fullest moment"])
+def test_whatever_is_read(run_folder: Path, number: signal.Signals, after: str) -> None:
+    """Between the last of these lines and the first step a signal may find the trainer's own handler already."""
+    cache = {"HF_DATASETS_CACHE": str(run_folder / f"cache-{number}-{after[:4]}")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cache.items():
+            patch.setenv(name, value)
+        process = started(run_folder, "-m", "dora_vl.cli", "train", "run.yaml", "--overwrite=true")
+    assert process.stderr is not None
+    lines: list[str] = []
+    for text in process.stderr:
+        lines.append(text)
+        if after in text:
+            process.send_signal(number)
+            break
+    lines += process.stderr.readlines()
+    assert process.wait(300) == 128 + number, lines
+    assert not any("Traceback" in text for text in lines)
+    assert sum("stopped by" in text for text in lines) == 1

@@ -72,6 +72,5 @@ def test_the_family_s_lines_stand_in_the_code_and_are_needed(tree: Path) -> None
     (tree / THERE[0]).write_text(without[THERE[0]], encoding="utf-8")
     with pytest.raises(AssertionError, match="assert False == True"):
         checked(
-            tree,
-            "tests/backbones/test_family_losses.py::test_every_linear_of_the_decoder_is_adapted_and_no_other[smolvlm]",
+            tree, "tests/backbones/test_decoder.py::test_every_linear_of_the_decoder_is_adapted_and_no_other[smolvlm]"
         )

@@ -57,7 +57,7 @@ def pope() -> Names:
 
 def photo() -> Names:
     """docs/serving.md: a picture, and the demo's adapter in little."""
-    from tests.backbones.tiny_video import write_tiny_video
+    from tests.backbones.tiny_image_text import write_tiny_video
     from tests.serving.tiny_served import ADAPTERS, spread, write_adapter
 
     Image.new("RGB", (21, 15), "red").save("photo.png")

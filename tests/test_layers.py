@@ -1,4 +1,4 @@
-"""Who may import whom: packages stand in layers, and no import points up, nor across in a circle."""
+"""Which package imports which, what the core loads, and shapes in annotations, checked where jaxtyping was asked to."""
 
 from __future__ import annotations
 
@@ -97,3 +97,17 @@ assert roots <= {own_needs}, roots
     bare = "import sys; before = set(sys.modules); import dora_vl; print(*{n for n in set(sys.modules) - before})"
     done = subprocess.run([sys.executable, "-c", bare], check=True, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert {name.partition(".")[0] for name in done.stdout.split()} <= {*sys.stdlib_module_names, "dora_vl"}
+
+
+CHECKED = """
+import pytest, torch, jaxtyping
+with jaxtyping.install_import_hook("dora_vl", "beartype.beartype"):
+    from dora_vl.core.functional import row_norms_squared
+assert row_norms_squared(torch.ones(2, 3)).tolist() == [3.0, 3.0]
+with pytest.raises(jaxtyping.TypeCheckError):
+    row_norms_squared(torch.ones(3))
+"""
+
+
+def test_a_wrong_shape_is_refused_where_jaxtyping_was_asked_to() -> None:
+    subprocess.run([sys.executable, "-c", CHECKED], check=True, cwd=Path(__file__).parents[1])

@@ -28,7 +28,7 @@ UNTRAINED = "untrained"
 SHARED = 0.25
 """This share of the units' chance is taken out of the seeds' variance, which holds all of it. Chosen among 0, 1/4,
 1/2, 3/4 and 1 by simulations with 3 and 5 seeds that differ by 0, 2 and 8 points: with it the intervals held the truth
-in 93.5 to 97 of 100 cases, with 1 in 91.7 to 97.8. tests/report/test_contrasts.py asks for 92.5 to 97.5."""
+in 93.5 to 97 of 100 cases, with 1 in 91.7 to 97.8. tests/report/test_compare.py asks for 92.5 to 97.5."""
 
 SetScores = Mapping[str, Scored]
 """Maps a test set's name to its score."""

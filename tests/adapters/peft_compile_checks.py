@@ -1,6 +1,6 @@
 """`accelerate_peft` under `torch.compile`: one graph, and PEFT's eager numbers and gradients.
 
-Run by tests/core/fast/test_compile.py. PEFT's own DoRA needs several graphs (it asks a parameter's class for its
+Run by tests/core/fast/test_compiled.py. PEFT's own DoRA needs several graphs (it asks a parameter's class for its
 module's name), its LoRA one.
 """
 

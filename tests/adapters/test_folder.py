@@ -1,10 +1,8 @@
-"""The adapter folder: bitwise round trips, whole or not at all, and strict loading that leaves the model alone.
-
-A refusal's reason is the one thing that was changed about a folder that loads.
-"""
+"""The adapter folder and checkpoints: bitwise round trips, PEFT's own too, whole or not at all, and strict loading."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,17 +11,31 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters import folder as folder_module
 from dora_vl.adapters import settings as settings_module
-from dora_vl.adapters.adapter import read_adapter, write_adapter
-from dora_vl.adapters.files import CONFIG_FILE, FILES, RECIPE_FILE, WEIGHTS_FILE
+from dora_vl.adapters.adapter import content_hash, read_adapter, write_adapter
+from dora_vl.adapters.files import (
+    CONFIG_FILE,
+    FILES,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    checkpoint_to_resume,
+    complete_checkpoints,
+    drop_old_checkpoints,
+    step_of,
+)
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.core import apply_dora, trained_parts
+from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.errors import UserError
-from tests.core.dense_dora import move_trained, unchanged
+from dora_vl.files import weight_files
+from dora_vl.run.folder import prepare_run_folder
+from tests.adapters.foreign_files import tiny_llama
+from tests.adapters.peft_folders import moved_peft
+from tests.backbones.tiny_language import tiny_language
+from tests.core.dense_dora import move, move_trained, unchanged
 from tests.core.test_inject import Small, config
 
 ROOT = Path(__file__).parents[2]
@@ -317,3 +329,195 @@ def test_suffix_targets_and_patterns_of_a_peft_folder(tmp_path: Path) -> None:
     )(tmp_path)
     load_adapter(fresh := Small(), tmp_path)
     assert torch.equal(fresh.eval()(x), model(x))
+
+
+IDS = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bitwise_and_keeps_every_field(tmp_path, dtype):
+    wrapped = moved_peft(
+        tiny_llama(), rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 5}, init_lora_weights=True
+    )
+    wrapped.to(dtype).save_pretrained(tmp_path / "peft")
+    write_adapter(read_adapter(tmp_path / "peft"), tmp_path / "back")
+    before, after = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("peft", "back"))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype
+        assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8)), key
+    configs = [json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("peft", "back")]
+    assert configs[0] == configs[1]
+
+
+def test_the_way_that_the_refusal_names_works(tmp_path):
+    """Saved before training and again after it with the conversion, PEFT's PiSSA loads over the original base."""
+    wrapped = get_peft_model(
+        tiny_llama(), LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
+    wrapped.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+        expected = wrapped.eval()(IDS).logits
+    wrapped.save_pretrained(tmp_path / "after", path_initial_model_for_weight_conversion=str(tmp_path / "before"))
+    model = tiny_llama()
+    load_adapter(model, tmp_path / "after")
+    torch.testing.assert_close(model.eval()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_our_folders_are_read_whatever_stands_first(tmp_path, init):
+    """The model's first layer has only a magnitude; the folder's method is that of the others."""
+    model = tiny_llama()
+    settings = {"targets": ("*.down_proj",), "magnitude_targets": ("*.q_proj",), "rank": 2, "init": init}
+    names = apply_dora(model, DoRAConfig(**settings))
+    assert names[0].endswith("q_proj")
+    move(model)
+    save_adapter(model, tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert (adapter.config["use_dora"], adapter.config["lora_dropout"], adapter.method) == (True, 0.05, "dora")
+    assert {name: layer.rank > 0 for name, layer in adapter.factors.items()} == {n: "down" in n for n in names}
+    fresh = tiny_llama()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh.eval()(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_half_a_dvora_folder_is_refused(tmp_path):
+    model = tiny_llama()
+    apply_dora(model, DoRAConfig(targets=("*.q_proj", "*.down_proj"), rank=3, method="dvora"))
+    save_adapter(model, tmp_path)
+    assert read_adapter(tmp_path).factors
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "random_A" not in key}, file)
+    with pytest.raises(UserError):
+        read_adapter(tmp_path)
+
+
+def base(folder: Path, **options: str) -> Path:
+    tiny_language().save_pretrained(folder, **options)
+    return folder
+
+
+def test_the_hash_of_a_folder_of_one_kind_is_over_its_config_and_weights(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base")
+    lines = [
+        f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n"
+        for name in ("config.json", "model.safetensors")
+    ]
+    assert content_hash(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "30KB"}])
+def test_files_that_are_not_loaded_do_not_count_and_those_that_are_do(tmp_path: Path, shards: dict[str, str]) -> None:
+    folder = base(tmp_path / "base", **shards)
+    before = content_hash(folder)
+    torch.save({"lm_head.weight": torch.ones(2, 3)}, folder / "pytorch_model.bin")
+    torch.save({"rate": torch.ones(1)}, folder / "training_args.bin")
+    assert content_hash(folder) == before
+    loaded = weight_files(folder)
+    assert len(loaded) == 1 if not shards else len(loaded) > 2
+    assert all(path.name.startswith("model") and path.suffix == ".safetensors" for path in loaded)
+    content = bytearray(loaded[-1].read_bytes())
+    content[-1] ^= 1
+    loaded[-1].write_bytes(content)
+    assert content_hash(folder) != before
+
+
+def test_a_folder_of_pickles_alone_is_hashed_by_them(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"one")
+    before = content_hash(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"two")
+    assert content_hash(tmp_path) != before
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "unknown.bin")
+    (tmp_path / "folder.safetensors").mkdir()
+    assert weight_files(tmp_path) == (tmp_path / "unknown.bin",)
+
+
+@pytest.mark.parametrize("weight_map", ['{"a": "model-1.safetensors"}', "3", '{"a": "../other.safetensors"}'])
+def test_a_broken_list_of_shards_is_refused(tmp_path: Path, weight_map: str) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (tmp_path / "other.safetensors").write_bytes(b"of somebody else")
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    with pytest.raises(UserError):
+        content_hash(folder)
+
+
+def whole(folder: Path, step: int) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    return checkpoint
+
+
+def test_checkpoints_are_ordered_by_step_and_must_be_whole(tmp_path: Path) -> None:
+    for step in (100, 20, 3):
+        whole(tmp_path, step)
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-abc").mkdir()
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [3, 20, 100]
+    assert checkpoint_to_resume("last", tmp_path) == tmp_path / "checkpoint-100"
+    assert checkpoint_to_resume(str(tmp_path / "checkpoint-3"), tmp_path) == tmp_path / "checkpoint-3"
+    assert checkpoint_to_resume(None, tmp_path) is None
+    with pytest.raises(UserError):
+        checkpoint_to_resume(str(tmp_path / "checkpoint-500"), tmp_path)
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    folders = [whole(tmp_path, step) for step in (1, 2, 3, 4)]
+    drop_old_checkpoints(tmp_path, keep=2, also_keep=[folders[0]])
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [1, 3, 4]
+    drop_old_checkpoints(tmp_path, keep=None)
+    assert len(complete_checkpoints(tmp_path)) == 3
+
+
+def test_overwriting_removes_results_and_keeps_the_rest(tmp_path: Path) -> None:
+    whole(tmp_path, 5)
+    (tmp_path / "log.jsonl").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "features").mkdir()
+    with pytest.raises(UserError):
+        prepare_run_folder(tmp_path, checkpoint=None, overwrite=False)
+    with pytest.raises(UserError):
+        prepare_run_folder(tmp_path, checkpoint=tmp_path / "checkpoint-5", overwrite=True)
+    prepare_run_folder(tmp_path, checkpoint=None, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "notes.txt"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_after_the_one_that_a_run_starts_from_count_no_more(tmp_path: Path) -> None:
+    """Else the run's own are removed as the oldest, and `last` is one of the run that was left."""
+    run, steps = tmp_path / "run", (300, 400, 500, 600)
+    checkpoints = {step: whole(run, step) for step in steps}
+    (run / "superseded-checkpoint-500").mkdir()  # of an earlier resume
+    prepare_run_folder(run, checkpoint=checkpoints[400], overwrite=False)
+    left_behind = ["superseded-checkpoint-500", "superseded-checkpoint-500-2", "superseded-checkpoint-600"]
+    assert names(run) == ["checkpoint-300", "checkpoint-400", *left_behind]
+    assert (run / "superseded-checkpoint-500-2" / "trainer_state.json").is_file()
+    whole(run, 420)
+    drop_old_checkpoints(run, keep=2)
+    assert names(run) == ["checkpoint-400", "checkpoint-420", *left_behind]
+    assert checkpoint_to_resume("last", run) == run / "checkpoint-420"
+
+
+def test_a_run_from_another_folders_checkpoint_keeps_none_of_its_own_folders(tmp_path: Path) -> None:
+    other, run = whole(tmp_path / "other", 400), tmp_path / "run"
+    whole(run, 300)
+    whole(run, 500)
+    prepare_run_folder(run, checkpoint=other, overwrite=False)
+    assert names(run) == ["superseded-checkpoint-300", "superseded-checkpoint-500"]
+    assert names(other.parent) == ["checkpoint-400"]
+
+
+def test_the_checkpoint_itself_stays_whatever_it_is_called_by(tmp_path: Path) -> None:
+    here = whole(tmp_path / "run", 400)
+    whole(tmp_path / "run", 500)
+    (tmp_path / "links").mkdir()
+    (link := tmp_path / "links" / "checkpoint-9").symlink_to(here)
+    prepare_run_folder(tmp_path / "run", checkpoint=link, overwrite=False)
+    assert names(tmp_path / "run") == ["checkpoint-400", "superseded-checkpoint-500"]

@@ -16,10 +16,8 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.model import DecoderBackbone
 from tests.backbones.tiny_families.table import LANGUAGE_MODELS
-from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
-from tests.backbones.tiny_language import SIZES
-from tests.backbones.tiny_sentencepiece import write_tokenizer_model
-from tests.backbones.tiny_video import VIDEO, write_tiny_video
+from tests.backbones.tiny_image_text import VIDEO, write_tiny, write_tiny_language, write_tiny_video
+from tests.backbones.tiny_language import SIZES, write_tokenizer_model
 
 
 def llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:

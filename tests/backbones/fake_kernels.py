@@ -1,6 +1,6 @@
 """The package `kernels` as transformers 5.20 to 5.25 import it; what would reach the hub is noted, then fails.
 
-`test_kernels.py` installs it where `kernels_checks.py` runs. Transformers 5.25 requires the package.
+`test_opening.py` installs it where `kernels_checks.py` runs. Transformers 5.25 requires the package.
 """
 
 from __future__ import annotations

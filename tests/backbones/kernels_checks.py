@@ -1,6 +1,6 @@
 """Every way that a base is opened, beside a package `kernels` that fails when it is asked for a kernel.
 
-Run by test_kernels.py in a process of its own: transformers decides when it is imported whether the package is there.
+Run by test_opening.py in a process of its own: transformers decides when it is imported whether the package is there.
 """
 
 from __future__ import annotations

@@ -17,15 +17,17 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, log_once
-from tests.backbones.encoded_talk import conversation, encode_talk, piece_encoder
-from tests.backbones.image_text_conversations import (
+from tests.backbones.conversations import (
     ASKED,
     RED,
     TALKS,
     TWO_QUESTIONS,
     Conversation,
+    conversation,
+    encode_talk,
     encoder_of,
     messages_of,
+    piece_encoder,
     sample_of,
 )
 from tests.backbones.tiny_image_text import CHATML, write_tiny

@@ -31,7 +31,7 @@ from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample
 from dora_vl.run.base import VideoReading
 from dora_vl.training.opened import SampleEncoder
-from tests.backbones.image_text_conversations import BLUE, RED, messages_of
+from tests.backbones.conversations import BLUE, RED, messages_of
 from tests.backbones.test_chat_templates import CHAT
 from tests.backbones.tiny_families.table import FAMILIES
 from tests.backbones.tiny_image_text import CHATML, tiny_tokenizer

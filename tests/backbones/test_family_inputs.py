@@ -32,7 +32,7 @@ from dora_vl.data.samples import IGNORED_LABEL, Labelled, check_labels
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones import tiny_image_text
-from tests.backbones.image_text_conversations import (
+from tests.backbones.conversations import (
     LONG,
     RED,
     SEVERAL_ROUNDS,
@@ -50,8 +50,14 @@ from tests.backbones.image_text_conversations import (
 from tests.backbones.model_table import PAGE, page
 from tests.backbones.tiny_families.family import why_not_here
 from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS_IN_TURN, QUICK, families, param
-from tests.backbones.tiny_image_text import tiny_tokenizer, write_tiny, write_tiny_language
-from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES, write_tiny_video
+from tests.backbones.tiny_image_text import (
+    VIDEO,
+    VIDEO_FAMILIES,
+    tiny_tokenizer,
+    write_tiny,
+    write_tiny_language,
+    write_tiny_video,
+)
 
 Folders = Mapping[str, Path]
 WITH_VIDEOS = [

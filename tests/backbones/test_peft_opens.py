@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from dora_vl import save_adapter
 from dora_vl.adapters.files import CONFIG_FILE
 from dora_vl.backbones.model import open_backbone
-from tests.backbones.image_text_conversations import TALKS, adapt, batch_of, encoder_of, talks_of
+from tests.backbones.conversations import TALKS, adapt, batch_of, encoder_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS_IN_TURN, families_in_turn
 from tests.backbones.tiny_image_text import write_tiny_language
 

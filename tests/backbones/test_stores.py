@@ -31,7 +31,7 @@ from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
 from dora_vl.run.base import VideoReading
 from dora_vl.training.opened import SampleEncoder
-from tests.backbones.image_text_conversations import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
+from tests.backbones.conversations import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
 
 

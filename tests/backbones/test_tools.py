@@ -23,11 +23,10 @@ from dora_vl.data.readers import read_row
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, check_labels
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from tests.backbones.encoded_talk import piece_encoder
-from tests.backbones.image_text_conversations import BLUE, RED, encoder_of
+from tests.backbones.conversations import BLUE, RED, encoder_of, piece_encoder
 from tests.backbones.test_chat_templates import CHAT
 from tests.backbones.test_conversations_of_rounds import encoder_with, labelled, rows_of, tokenizer, trained_stretches
-from tests.data.readers.chat_forms import FORMS, ITEMS, TOOL, Talk, assistant, call_of, tool, user
+from tests.data.readers.test_chat_forms import FORMS, ITEMS, TOOL, Talk, assistant, call_of, tool, user
 
 
 def as_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Networks of three libraries become the same kind of tower, with the features that the library itself gives."""
+"""Pixels are LLaVA's and CLIP's own, bit for bit; networks of three libraries become one kind of tower."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -19,16 +20,81 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
-from dora_vl.backbones import register_towers
+from dora_vl.backbones import register_towers, towers
 from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, merge_cells
 from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.tower_sources import load_tower
-from dora_vl.backbones.towers import GridTower, ImagePreparation, Preparation
+from dora_vl.backbones.towers import GridTower, ImagePreparation, Preparation, image_processor
 from dora_vl.data.example import Clip
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import UserError
 from tests.backbones.conftest import small_clip
 from tests.data.video_files import write_video
+
+SIDE = 28
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP = Preparation(image_size=SIDE, mean=CLIP_MEAN, std=CLIP_STD)
+SHAPES = [(40, 20), (20, 41), (28, 28), (7, 100), (3, 5), (33, 32)]
+
+
+def noisy_picture(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def padded(image: Image.Image) -> Image.Image:
+    """`expand2square` of LLaVA c121f04 with the CLIP mean, (122, 116, 104)."""
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def clip_pixels(image: Image.Image) -> np.ndarray:
+    """CLIP: shorter side to SIDE (bicubic), centre crop, 0 to 1, minus mean, over deviation."""
+    width, height = image.size
+    if width <= height:
+        resized = image.resize((SIDE, int(SIDE * height / width)), Image.Resampling.BICUBIC)
+    else:
+        resized = image.resize((int(SIDE * width / height), SIDE), Image.Resampling.BICUBIC)
+    values = np.asarray(resized).astype(np.float32)
+    top, left = (values.shape[0] - SIDE) // 2, (values.shape[1] - SIDE) // 2
+    # The product with 1/255 is taken in float64 and rounded once, as transformers 4.37 does.
+    values = (values[top : top + SIDE, left : left + SIDE].astype(np.float64) * (1 / 255)).astype(np.float32)
+    return ((values - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_pixels_are_bit_exact(shape: tuple[int, int], aspect: Any) -> None:
+    pixels = ImagePreparation(CLIP, aspect=aspect).prepare(noisy_picture(*shape))
+    shown = padded(noisy_picture(*shape)) if aspect == "pad" else noisy_picture(*shape)
+    np.testing.assert_array_equal(pixels.numpy(), clip_pixels(shown).astype(np.float32))
+
+
+@pytest.mark.parametrize("mean", ["x", [0.1, 0.2, None], "no file"])
+def test_a_preprocessor_without_three_colours(tmp_path: Path, mean: object) -> None:
+    image_processor(CLIP, aspect="pad").save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": mean}))
+    if mean == "no file":
+        file.unlink()
+    with pytest.raises(UserError):
+        ImagePreparation.from_folder(str(tmp_path), aspect="pad")
+
+
+@pytest.mark.parametrize("size", [(701, 33), (37, 650), (400, 399)])
+@pytest.mark.parametrize("side", [56, 336])
+def test_a_long_picture_padded_row_by_row_is_the_same(monkeypatch, size, side) -> None:
+    noisy_picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    preparation = Preparation(image_size=side, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    whole = ImagePreparation(preparation, aspect="pad").prepare(noisy_picture)
+    monkeypatch.setattr(towers, "PADDED_SIDE", 100)
+    monkeypatch.setattr(towers, "ROWS", 7)
+    by_rows = ImagePreparation(preparation, aspect="pad").prepare(noisy_picture)
+    assert torch.equal(whole, by_rows)
+
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 

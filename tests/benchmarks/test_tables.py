@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.dora_memory import LiveBytes
 from dora_vl.errors import UserError
 from dora_vl.files import read_json
+from dora_vl.run.settings_parser import read_run
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.estimate import plan_run, with_shape
+from dora_vl.training.memory import GIB
 from tests.benchmarks.tables import DOCS, ESTIMATED, KEPT, ROOT, TABLE, TABLES, keep, measured, with_tables
 from tests.report.test_compare import Trainings, compared
 
@@ -20,7 +26,7 @@ CHECKED = {
     "choosing.md": "benchmarks/test_tables.py",
     "models.md": "backbones/model_table.py",
     "recipes.md": "benchmarks/test_tables.py",
-    "serving.md": "serving/test_commands.py",
+    "serving.md": "serving/test_server.py",
     "settings.md": "run/settings_page.py",
 }
 """Pages whose other tables with figures are read or written by a file of tests."""
@@ -186,3 +192,29 @@ def test_counts_of_kills_and_tokens_are_those_measured() -> None:
     answers = [answer for case in vllm["language"].values() if case["gains"] for answer in case["answers"].values()]
     assert {(number, answer["of"]) for answer in answers for number in answer["same_tokens"]} == {(24, 24)}
     assert "24 of 24" in (DOCS / "export.md").read_text(encoding="utf-8")
+
+
+def test_live_bytes_follows_what_is_made_until_it_dies():
+    older = torch.ones(50)
+    with LiveBytes() as live:
+        older.add_(1)
+        assert (live.now, live.peak) == (0, 0), "made before, changed in place"
+        tensor = torch.ones(1000)
+        view = tensor.view(10, 100)
+        del tensor
+        assert live.now == 4000, "its view keeps it"
+        view = view.half()
+        assert (live.now, live.peak) == (2000, 6000)
+        live.restart_peak()
+        del view
+        assert (live.now, live.peak) == (0, 2000)
+
+
+@pytest.mark.parametrize(("column", "gpus", "more"), [(1, 1, ()), (3, 8, ("--training.deepspeed=zero3",))])
+def test_the_estimates_of_choosing_are_those_of_the_command(
+    tmp_path: Path, column: int, gpus: int, more: tuple[str, ...]
+) -> None:
+    words, shape = ("--variant=7b_dora", "--data.train=my.json", "--data.max_tokens=2048"), "llava-1.5-7b"
+    config = with_shape(read_run(["--config=image_text/qwen2_5_vl", *words, *more]), shape, tmp_path)
+    cells = {row[0]: row for rows in tables_of((DOCS / "choosing.md").read_text(encoding="utf-8")) for row in rows}
+    assert cells[shape][column] == f"{plan_run(DecoderPipeline(config)).on(gpus).total / GIB:.1f}"

@@ -26,9 +26,8 @@ from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.predictor import Decoding, PromptMedia, media_reader
 from dora_vl.evaluation.scores.benchmark import LETTER
-from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_image_text import coloured_video, write_tiny, write_tiny_video
 from tests.backbones.tiny_language import write_tiny_language
-from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.serving.tiny_served import spread
 from tests.training.tiny_run import write_tiny_llava
 

@@ -1,22 +1,37 @@
-"""Benchmarks of one's own and question files of others: what is read of them, and what a model is asked."""
+"""Benchmarks of one's own and question files of others, the cloze form, and a row of each source up to its score."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dora_vl.backbones.families.formats import PROMPTS, TEMPLATES, Instruction
 from dora_vl.cli import main
-from dora_vl.data.example import Answer, Example, write_examples
+from dora_vl.data import prepare
+from dora_vl.data.benchmarks.commonsense import cloze_row
+from dora_vl.data.benchmarks.table import SOURCES
+from dora_vl.data.example import Answer, Example, iterate_examples, write_examples
+from dora_vl.data.readers import read_row
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.benchmarks import find_benchmark, read_own, read_set
+from dora_vl.evaluation import vlbart_tasks
+from dora_vl.evaluation.benchmarks import BENCHMARKS, find_benchmark, read_own, read_set
+from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.questions import outputs_of, read_question_file, read_questions
 from dora_vl.evaluation.scores import benchmark as prompts
 from dora_vl.evaluation.scores.benchmark import LETTER, SHORT, prompt_turns
+from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score
+from dora_vl.evaluation.test_sets import score_lines
+from dora_vl.evaluation.vlbart_tasks import Subtask
+from tests.backbones.tiny_language import write_tiny_language
 
 RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"
 
@@ -194,3 +209,171 @@ def test_the_choices_stand_in_the_instruction_s_last_line_and_the_answer_is_one_
         with pytest.raises(BadSample) as refused:
             outputs_of(instruction(text, answer))
         assert refused.value.sample_id == "q"
+
+
+CLOZE_ROWS: dict[str, dict[str, Any]] = {
+    row["form"]: row
+    for row in map(json.loads, Path(__file__).with_name("cloze_rows.jsonl").read_text("utf-8").splitlines())
+}
+"""By form a published file's row, and the contexts, endings and right choice that it becomes."""
+
+
+@pytest.mark.parametrize("form", CLOZE_ROWS)
+def test_rows_of_every_form(form: str) -> None:
+    expected = CLOZE_ROWS[form]
+    example = cloze_row({**expected["row"], "row": 7}, task=expected["task"], split="test")
+    assert example.id == f"{expected['task']}-test-7"
+    assert example.extra == {name: expected[name] for name in ("task", "correct", "contexts", "endings")}
+    right = (expected[name][expected["correct"]] for name in ("contexts", "endings"))
+    assert (example.question, example.answers[0].text) == (*right,)
+
+
+@pytest.mark.parametrize(
+    ("task", "raw"),
+    [
+        ("boolq", {"instruction": "Please answer: x?\n\nAnswer format: true/false", "answer": "true"}),
+        ("winogrande", {"sentence": "No blank.", "option1": "a", "option2": "b", "answer": "1"}),
+        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": "2"}),
+        ("piqa", {"title": "x"}),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(task: str, raw: dict[str, Any]) -> None:
+    with pytest.raises(BadSample) as caught:
+        cloze_row({**raw, "row": 3}, task=task, split="train")
+    assert caught.value.sample_id == f"{task}-train-3"
+
+
+def test_a_sample_is_trained_on_what_follows_the_context() -> None:
+    prompt = Instruction(name="cloze", train_on="answer", end="</s>")
+    chat = prompt.render([Turn("user", "Question: q\nAnswer:"), Turn("assistant", "fire")])
+    ((start, end),) = chat.answer_spans
+    assert (chat.text, chat.text[start:end]) == ("Question: q\nAnswer: fire</s>", " fire</s>")
+
+
+def example(name: str, task: str, endings: list[str], correct: int) -> Example:
+    contexts = [f"c {number}" for number in range(len(endings))] if task == "winogrande" else ["c"] * len(endings)
+    extra = {"task": task, "correct": correct, "contexts": contexts, "endings": endings}
+    return Example(id=name, extra=extra)
+
+
+def test_both_accuracies_by_hand() -> None:
+    examples = [
+        example("a", "piqa", ["x", "long one"], 1),  # -2 > -4, but -2/1 < -4/8
+        example("b", "piqa", ["x", "y"], 0),
+        example("c", "winogrande", ["same", "same"], 0),
+        example("d", "winogrande", ["same", "same"], 0),
+    ]
+    answers = {"a": "-2.0 -4.0", "b": "-1.5 -1.5", "c": "-3 -2", "d": "-1 -2"}
+    scored = cloze_score(examples, answers)
+    assert scored.metrics == {"average": 50.0, "piqa": 50.0, "winogrande": 50.0, "normalised piqa": 100.0}
+    assert scored.shares == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
+    for task in PATTERNS:  # the normalised one is of the sets whose task file in lm-eval has acc_norm
+        scored = cloze_score([example("a", task, ["x", "long one"], 1)], {"a": "-2.0 -4.0"})
+        has_it = task not in ("boolq", "social_i_qa", "winogrande")
+        assert scored.metrics == {"average": 0.0, task: 0.0} | ({f"normalised {task}": 100.0} if has_it else {})
+
+
+@pytest.fixture(scope="module")
+def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cloze")
+    write_tiny_language(folder / "model")
+    for name, form in (("piqa", "piqa"), ("winogrande", "winogrande"), ("ARC-Easy", "arc")):
+        rows = [CLOZE_ROWS[form]["row"] | ({"goal": f"Dry {n} hands"} if form == "piqa" else {}) for n in range(3)]
+        (folder / "raw" / name).mkdir(parents=True)
+        (folder / "raw" / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["prepare", "cloze", "--from", str(folder / "raw"), "--to", str(folder / "records")])
+    words = ["--benchmarks", "piqa,winogrande,ARC-Easy", "--answer-by", "cloze", "--template", "cloze"]
+    words += ["--records", str(folder / "records"), "--to", str(folder / "scores"), "--batch-size", "4"]
+    main(["evaluate", "--model", str(folder / "model"), *words])
+    return folder
+
+
+def answers_to(folder: Path, task: str) -> dict[str, str]:
+    rows = read_predictions(folder / "scores" / "predictions.jsonl")[task]
+    return {name: row.prediction for name, row in rows.items()}
+
+
+def likelihood(model: Any, tokenizer: Any, context: str, ending: str) -> float:
+    """Written out: the log-softmax of each token of the ending, summed."""
+    ids, before = tokenizer(f"{context} {ending}")["input_ids"], len(tokenizer(context)["input_ids"])
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(scores[position - 1, ids[position]]) for position in range(before, len(ids)))
+
+
+def test_likelihoods_are_the_model_s(scored_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(scored_folder / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(scored_folder / "model")
+    scores = {(line["set"], line["id"]): line for line in score_lines(scored_folder / "scores")}
+    for task in ("piqa", "winogrande", "ARC-Easy"):
+        examples = list(iterate_examples(scored_folder / "records" / task / "test.jsonl"))
+        answers = answers_to(scored_folder, task)
+        assert set(answers) == {example.id for example in examples}
+        for example in examples:
+            pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
+            expected = [likelihood(model, tokenizer, *pair) for pair in pairs]
+            assert [float(number) for number in answers[example.id].split()] == pytest.approx(expected, abs=2e-4)
+            endings = [ending.strip() for ending in example.extra["endings"]]
+            compared = scores[task, example.id]
+            assert compared["truth"] == endings[example.extra["correct"]]
+            assert compared["answer"] == endings[expected.index(max(expected))]
+
+
+FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
+ROWS: list[dict[str, Any]] = [
+    json.loads(line) for line in Path(__file__).with_name("rows_to_scores.jsonl").read_text("utf-8").splitlines()
+]
+SUBTASKS: Mapping[str, Subtask] = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
+OF_ONES_OWN = {"cloze", "llava-json"}  # several forms; test_cloze, test_prepare
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['fixture']}-{row['split']}")
+def test_a_row_becomes_prompt_target_and_score(row: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
+    file = prepared(row, tmp_path)
+    assert {"asked", "vlbart", "trained", "instruction"} & set(row), "nothing is expected of the prompt"
+    benchmark = row.get("benchmark", row["split"].partition("/")[0])
+    questions = read_set(f"{benchmark}={file}", tmp_path)
+    (example,) = (item for item in questions.examples if item.id == row["id"])
+    if "asked" in row:
+        (turn,) = prompt_turns(example, questions.benchmark.prompt)
+        assert turn.text == row["asked"]
+    if "vlbart" in row:
+        expected = row["vlbart"]
+        assert seq2seq_text(SUBTASKS[expected["task"]], example) == (expected["text"], expected["target"])
+    if "trained" in row:
+        expected = row["trained"]
+        assert trained_text(expected["template"], file, row["id"]) == (expected["text"], expected["answers"])
+    if "instruction" in row:
+        prompt = PROMPTS["nvlabs"].before_output(example.question, "", test=True)
+        assert (prompt, example.extra["output"]) == (row["instruction"]["text"], row["instruction"]["target"])
+    assert bool(row["scores"]) == (questions.score is not None)  # a judge scores the others
+    for prediction, share in row["scores"].items():
+        scored = questions.score(questions.examples, {example.id: prediction})
+        assert scored.shares[example.id] == pytest.approx(share, rel=1e-9), prediction
+
+
+def test_every_source_is_followed_to_its_score() -> None:
+    assert {row["source"] for row in ROWS} | OF_ONES_OWN == set(SOURCES)
+    assert {row.get("benchmark", row["split"].partition("/")[0]) for row in ROWS} >= set(BENCHMARKS) - set(PATTERNS)
+
+
+def prepared(row: Mapping[str, Any], to: Path) -> Path:
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    words = [row["source"], "--from", str(FIXTURES / row["fixture"]), "--to", str(to)]
+    list(prepare.run(parser.parse_args(words)))
+    return to / f"{row['split']}.jsonl"
+
+
+def seq2seq_text(subtask: Subtask, example: Example) -> tuple[str, str]:
+    prompt = subtask.prompt(example)
+    return prompt.subtitles_before + prompt.subtitles + prompt.text, subtask.target(example, 0, Random(0)).text
+
+
+def trained_text(template: str, file: Path, name: str) -> tuple[str, list[str]]:
+    """A conversation under a template, and the parts of it that carry labels."""
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    (record,) = (row for row in rows if row["id"] == name)
+    rendered = TEMPLATES[template].render(read_row(record).turns)
+    return rendered.text, [rendered.text[start:end] for start, end in rendered.answer_spans]

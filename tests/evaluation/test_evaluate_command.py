@@ -160,7 +160,6 @@ def assert_same_answers(first: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path, launcher: str) -> None:
     start = {

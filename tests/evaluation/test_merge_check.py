@@ -17,10 +17,10 @@ from dora_vl import DoRAConfig, apply_dora, save_adapter
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.cli import main
 from dora_vl.evaluation import merging as merging_module
-from tests.adapters.test_hub_names import adapter_on
+from tests.adapters.test_export import adapter_on
 from tests.backbones.tiny_families.family import TEXT
+from tests.evaluation.test_ask import root, vlbart
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
-from tests.evaluation.test_ask_videos import root, vlbart
 from tests.training.test_closed_answers import COLOURS, gqa_folder
 from tests.training.tiny_run import write_tiny_data, write_tiny_llava
 

@@ -20,7 +20,7 @@ from dora_vl.heads.next_token import label_losses, losses_of
 from dora_vl.heads.objectives import FLAGS, OBJECTIVES, preference_loss, preference_metrics
 from dora_vl.heads.preferences import Answers, Hyperparameters
 from dora_vl.heads.rewards import SMALLEST_SPREAD, divergence
-from tests.backbones.image_text_conversations import inputs_of
+from tests.backbones.conversations import inputs_of
 from tests.backbones.test_decoder import language_samples
 from tests.backbones.tiny_language import tiny_language
 

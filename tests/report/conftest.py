@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dora_vl.run.settings_parser import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -17,14 +16,6 @@ from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 HOSTILE = '<script>alert(1)</script>"><img src=http://evil.example/x.png onerror=alert(2)>'
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import ServerSettings
-from tests.backbones.tiny_video import write_tiny_video
+from tests.backbones.tiny_image_text import write_tiny_video
 from tests.serving.browser import browser
 from tests.serving.tiny_served import running, served, spread, write_adapters
 

@@ -20,9 +20,8 @@ from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
 from dora_vl.serving.options import ServerSettings
 from tests.adapters.peft_folders import moved_peft
-from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_image_text import coloured_video, write_tiny, write_tiny_video
 from tests.backbones.tiny_language import write_tiny_language
-from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.serving.test_joined_decoding import SELDOM
 from tests.serving.tiny_served import (
     RED,

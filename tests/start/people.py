@@ -1,13 +1,16 @@
-"""A person's folder as people have it: photographs below it, a table of questions, and mistakes in it."""
+"""A person's folder as people have it, with mistakes in it; signs of a colour, a shape and dots, with questions."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
 
@@ -36,3 +39,39 @@ def write_folder(folder: Path, *, count: int = 24, below: str = "photos") -> lis
         (folder / below / row[0]).write_bytes(picture(number))
     write_table(folder / "answers.csv", rows)
     return rows
+
+
+SIGN_COLOURS = {"red": (205, 40, 40), "blue": (40, 80, 200), "yellow": (240, 200, 40), "green": (40, 150, 70)}
+CORNERS = {"triangle": 3, "square": 4, "round": 40}
+ANSWERS = {
+    "what colour is the sign?": tuple(SIGN_COLOURS),
+    "what shape is the sign?": tuple(CORNERS),
+    "how many dots are on the sign?": ("one", "two", "three", "four"),
+}
+
+
+def draw_sign(rng: random.Random) -> tuple[Image.Image, list[str]]:
+    """A sign, and the answers in the questions' order."""
+    colour, shape, dots = (rng.choice(answers) for answers in ANSWERS.values())
+    picture = Image.new("RGB", (200, 200), tuple(rng.randrange(130, 220) for _ in range(3)))
+    draw, x, y = ImageDraw.Draw(picture), rng.randrange(80, 120), rng.randrange(80, 120)
+    draw.regular_polygon((x, y, rng.randrange(60, 78)), CORNERS[shape], fill=SIGN_COLOURS[colour])
+    for number in range(1 + ANSWERS["how many dots are on the sign?"].index(dots)):
+        draw.circle((x - 20 + 40 * (number % 2), y - 14 + 34 * (number // 2)), 9, fill="white")
+    return picture, [colour, shape, dots]
+
+
+def write_signs(folder: Path, *, as_pairs: bool, count: int = 225) -> None:
+    """Writes the pictures and `rows.jsonl`; of flagged answers half are wrong."""
+    rng, rows = random.Random(0), list[dict[str, Any]]()
+    folder.mkdir(parents=True)
+    for number in range(count):
+        picture, answers = draw_sign(rng)
+        picture.save(folder / f"{number:03}.png")
+        for question, answer in zip(ANSWERS, answers, strict=True):
+            wrong = rng.choice([other for other in ANSWERS[question] if other != answer])
+            is_good = rng.random() < 0.5
+            flagged = {"completion": answer if is_good else wrong, "label": is_good}
+            answered = {"chosen": answer, "rejected": wrong} if as_pairs else flagged
+            rows.append({"image": f"{number:03}.png", "prompt": question, **answered})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

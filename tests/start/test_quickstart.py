@@ -1,4 +1,4 @@
-"""The demos: `dora-vl quickstart` step by step, what is drawn for one that names things, and packages checked first."""
+"""The demos step by step, what is drawn for one that names things, and `dora-vl doctor`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dora_vl.cli import main
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merging
-from dora_vl.start import easy_vqa, names, quickstart
+from dora_vl.start import doctor, easy_vqa, names, quickstart
+from dora_vl.start.doctor import why_not_writable
 from dora_vl.start.names import ARTISTS, CATEGORY, NAME, NOUNS, UNSEEN, convert, things
 from dora_vl.start.quickstart import Asset, fetch
 from dora_vl.training import train_command
@@ -271,3 +273,45 @@ def test_a_tarball_of_npm_is_fetched_alike(registry: Path, tmp_path: Path) -> No
         fetch(dataclasses.replace(asset, sha256="0" * 64), to)
     with pytest.raises(UserError, match="404"):
         fetch(dataclasses.replace(asset, version="2.0"), tmp_path / "other")
+
+
+LINES = [
+    "numpy",
+    "torch>=2.6",
+    "open_clip_torch>=3.0",
+    "av>=14; extra == 'video'",
+    'h5py>=3.10; extra == "video"',
+    "triton>=3.2; platform_system == 'Linux' and extra == 'triton'",
+    "pyright[nodejs]>=1.1; extra == 'dev'",
+]
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], int]:
+    status = 0
+    try:
+        main(["doctor"])
+    except SystemExit as left:
+        status = int(left.code or 0)
+    return capsys.readouterr().out.splitlines(), status
+
+
+def test_a_machine_that_has_all_and_one_that_misses_something(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(doctor, "requires", lambda name: LINES)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "1.2.3")
+    monkeypatch.setattr(doctor, "places", lambda: [Path.cwd()])
+    lines, status = printed(capsys)
+    assert status == 0
+    assert "extra video: installed" in lines
+    assert any(line.startswith("devices: ") and "CPU cores" in line for line in lines)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
+    lines, status = printed(capsys)
+    assert status == 1
+    assert "extra video: missing h5py: pip install 'dora-vl[video]'" in lines
+    assert lines[-1] == "missing, and needed by every run: torch; pip install dora-vl"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    assert why_not_writable(tmp_path) == ""
+    assert why_not_writable(tmp_path / "not" / "yet") == ""
+    assert list(tmp_path.iterdir()) == []
+    assert why_not_writable(Path("/proc"))

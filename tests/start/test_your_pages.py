@@ -16,8 +16,8 @@ import pytest
 
 from dora_vl.cli import main
 from dora_vl.evaluation.predictions import read_predictions
-from tests.backbones.tiny_video import write_tiny_video
-from tests.start.drawn_signs import write_signs
+from tests.backbones.tiny_image_text import write_tiny_video
+from tests.start.people import write_signs
 from tests.training.tiny_run import write_tiny_llava
 
 ROOT = Path(__file__).parents[2]

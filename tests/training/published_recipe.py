@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from tests.backbones.tiny_sentencepiece import write_tiny_vicuna
+from tests.backbones.tiny_language import write_tiny_vicuna
 
 ROOT = Path(__file__).parents[2]
 SIDE, PATCH = 28, 14

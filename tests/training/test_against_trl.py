@@ -26,7 +26,7 @@ from dora_vl.heads.objectives import OBJECTIVES
 from dora_vl.heads.preferences import Answers, Hyperparameters
 from dora_vl.training.ways.preferences import PreferenceLoss
 from dora_vl.training.ways.way import Reference
-from tests.backbones.image_text_conversations import inputs_of
+from tests.backbones.conversations import inputs_of
 from tests.training.test_preference_loss import EXAMPLES, PICTURES, disturb, items
 from tests.training.tiny_run import write_tiny_llava
 

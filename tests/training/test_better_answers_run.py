@@ -29,7 +29,7 @@ from dora_vl.training.opened import AnswersEncoder
 from dora_vl.training.run import run
 from dora_vl.training.ways.preferences import PreferenceLoss
 from dora_vl.training.ways.way import Reference
-from tests.backbones.image_text_conversations import inputs_of
+from tests.backbones.conversations import inputs_of
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch
 from tests.training.test_preference_loss import disturb
@@ -95,7 +95,6 @@ def test_a_resumed_run_has_the_reference_of_its_start(of_pairs: MakeRun) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_ranks_exchange_their_shards_for_the_reference(tmp_path: Path, of_pairs: MakeRun) -> None:
     """Two steps of a second epoch among them, where the reference's log-probabilities are known."""
     training = {"max_steps": 8, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
@@ -349,7 +348,6 @@ def test_stored_outputs_and_plain_rows_draw_and_learn_the_same(make: MakeRun) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_ranks_draw_and_learn_as_one(make: MakeRun, tmp_path: Path) -> None:
     training = {"max_steps": 4, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     run_file = make(data={"group_by_modality_length": False}, training=training)

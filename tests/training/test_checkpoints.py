@@ -211,7 +211,6 @@ MASTERS = (
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
@@ -241,7 +240,6 @@ def test_the_same_shape_goes_on_bitwise(run_file, tmp_path, shape, settings) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("shape", [ONE, TWO_ZERO_2, TWO_ZERO_3], ids=str)
 def test_the_best_checkpoint_is_what_ends_in_the_adapter_folder(run_file: Path, tmp_path: Path, shape: Shape) -> None:
     """Best here is the largest loss, that of the first checkpoint."""
@@ -256,17 +254,17 @@ def test_the_best_checkpoint_is_what_ends_in_the_adapter_folder(run_file: Path, 
     assert any(not torch.equal(weights_of(run)[name], tensor) for name, tensor in last.items())
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("then", "now"),
     [
-        pytest.param(TWO_ZERO_2, ONE, marks=pytest.mark.slow),
-        pytest.param(TWO_ZERO_2, TWO_ZERO_3, marks=pytest.mark.slow),
-        pytest.param(TWO_ZERO_3, ONE_ZERO_2, marks=pytest.mark.slow),
-        pytest.param(TWO_ZERO_3, ONE, marks=pytest.mark.slow),
-        pytest.param(ONE, TWO_ZERO_3, marks=pytest.mark.slow),
-        pytest.param(ONE, TWO_ZERO_0, marks=pytest.mark.slow),
-        pytest.param(TWO_ZERO_3, TWO, marks=pytest.mark.slow),
+        (TWO_ZERO_2, ONE),
+        (TWO_ZERO_2, TWO_ZERO_3),
+        (TWO_ZERO_3, ONE_ZERO_2),
+        (TWO_ZERO_3, ONE),
+        (ONE, TWO_ZERO_3),
+        (ONE, TWO_ZERO_0),
+        (TWO_ZERO_3, TWO),
     ],
     ids=str,
 )
@@ -285,7 +283,6 @@ def test_another_shape_goes_on_sample_for_sample(run_file: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_ranks_go_on_with_the_order_of_one_ranks_larger_micro_batches(run_file: Path, tmp_path: Path) -> None:
     whole, again = whole_run(run_file, Shape(1, None, 4)), tmp_path / "again"
     trained(run_file, again, TWO, f"--resume={whole / f'checkpoint-{SAVED}'}")

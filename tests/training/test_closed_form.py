@@ -197,7 +197,6 @@ def test_a_start_without_a_place_is_refused(composed: Path, tmp_path: Path, chan
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_ranks_that_share_the_weights_start_where_one_does(composed: Path, tmp_path: Path) -> None:
     words = ["--data.group_by_modality_length=false", "--training.train_sampling_strategy=sequential"]
     words += ["--training.per_device_train_batch_size=2", "--training.max_steps=3"]

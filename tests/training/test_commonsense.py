@@ -1,4 +1,4 @@
-"""The commonsense task from start to scores, on generated questions and a tiny random model."""
+"""The commonsense task from start to scores; the published 7B recipes, from tokenizer.model to a merged folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.adapters.folder import save_adapter
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.model import open_backbone
 from dora_vl.core import apply_dora
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.test import read_sets
@@ -24,9 +28,9 @@ from dora_vl.training.run_samples import read_tables
 from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.generated_commonsense import write_commonsense
-from tests.training.tiny_run import json_of
+from tests.training.published_recipe import run_all
+from tests.training.tiny_run import json_of, logged_losses, weights_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "tests" / "training" / "commonsense_smoke.yaml"
 
@@ -151,3 +155,26 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 def test_settings_that_cannot_be_used_are_named(folder: Path, more: list[str], key: str) -> None:
     with pytest.raises(UserError, match=key):
         train(DecoderPipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
+
+
+@pytest.mark.slow
+def test_both_stages_and_the_merge(tmp_path: Path) -> None:
+    run_all(tmp_path, python=Path(sys.executable))
+    runs = tmp_path / "runs"
+    assert len(logged_losses(runs / "pretrain")) == 4
+    stage_2 = logged_losses(runs / "dora")
+    assert len(stage_2) == 6
+    assert sum(stage_2[3:]) < sum(stage_2[:3])
+    assert len(weights_of(runs / "pretrain")) == 4  # weight and bias of the projector's two linears
+    tokenizer = load_tokenizer(str(runs / "merged"))
+    picture = tokenizer.convert_tokens_to_ids("<image>")
+    ids = torch.tensor([[*tokenizer(" Is it").input_ids, *[picture] * 4, *tokenizer("red?").input_ids[1:]]])
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    adapted = open_backbone(str(runs / "base"))
+    before = adapted.model(**inputs).logits
+    load_adapter(adapted.model, runs / "dora" / "adapter")
+    expected = adapted.model(**inputs).logits
+    merged = LlavaForConditionalGeneration.from_pretrained(runs / "merged", dtype=torch.float32)
+    error = (merged(**inputs).logits - expected).abs().max()
+    assert error < 0.05 * (expected - before).abs().max()  # the merged weights are rounded to bfloat16

@@ -27,10 +27,9 @@ from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.engine import Engine
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
-from tests.backbones.image_text_conversations import TWO_QUESTIONS, encoder_of, talks_of
+from tests.backbones.conversations import TWO_QUESTIONS, encoder_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS, param
-from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
-from tests.backbones.tiny_video import write_tiny_video
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language, write_tiny_video
 from tests.serving.tiny_served import alone, answer_alone, answers, served
 from tests.training.launched import ROOT, launch
 from tests.training.tiny_run import (
@@ -305,7 +304,6 @@ def check_ranks_agree(folder: Path, base: Path, records: Path, *, steps: int, **
     assert_same_weights(folder / "two", folder / "one", atol=1e-3)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "internvl"])
 def test_two_ranks_of_zero3_train_what_one_rank_trains(tmp_path: Path, family: str) -> None:
@@ -314,7 +312,6 @@ def test_two_ranks_of_zero3_train_what_one_rank_trains(tmp_path: Path, family: s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_of_two_ranks_that_get_other_rows(tmp_path: Path, family: str) -> None:
     """Each rank sends its own rows to each expert; the adapter of all experts is whole, and loads into the base."""
@@ -340,7 +337,6 @@ MIXED = (0, 4, 2, 6, 1, 5, 3, 7, 2, 6, 1, 5, 8, 3, 9, 10)
 """A micro-batch of two each: words | videos, pictures | both, videos | pictures, words and both | picture and video."""
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next_video"])
 def test_ranks_that_have_videos_words_or_pictures_in_turn(tmp_path: Path, family: str) -> None:

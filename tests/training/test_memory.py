@@ -263,7 +263,6 @@ def test_all_answers_of_a_sample_are_counted(tmp_path: Path) -> None:
         assert run.data(run.load(), run.arguments()).batch_tokens == 4 * times * longest
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IMPOSSIBLE = 1 << 47
 SETTINGS = ("--adapter.dropout=0.2", "--training.save_strategy=steps", "--training.save_steps=2")
 
@@ -324,7 +323,6 @@ def test_the_longest_samples_make_it(run_file: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("stage", "ranks"), [("zero3", 2), ("zero2", 1)])
 def test_under_zero_the_run_is_the_same_to_the_bit(tmp_path: Path, tiny_llava: Path, stage: str, ranks: int) -> None:
     data = write_tiny_data(tmp_path / "data", samples=24, text_only_blocks=2)

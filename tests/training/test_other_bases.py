@@ -26,9 +26,8 @@ from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.opened import encoder_of_saved
 from tasks import llava_instruct
 from tests.backbones.test_chat_templates import CHAT
-from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
-from tests.backbones.tiny_video import write_tiny_video
-from tests.data.readers.chat_forms import FORMS, ITEMS
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language, write_tiny_video
+from tests.data.readers.test_chat_forms import FORMS, ITEMS
 from tests.data.video_files import read_frames
 from tests.training.launched import launch
 from tests.training.tiny_run import (

@@ -242,7 +242,6 @@ def test_a_line_for_each_part() -> None:
     assert cells["all"] == [f"{total:,}", "100.000%"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PROJECTOR = "model.multi_modal_projector.linear_2.bias"
 
 

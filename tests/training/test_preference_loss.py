@@ -35,7 +35,7 @@ from dora_vl.training.ways.rewards import RewardLoss
 from dora_vl.training.ways.rollouts import ModelAnswers, Rollouts
 from dora_vl.training.ways.supervised import NextTokenLoss
 from dora_vl.training.ways.way import Reference
-from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
+from tests.backbones.conversations import BLUE, RED, inputs_of
 from tests.backbones.tiny_language import tiny_language
 
 EXAMPLES = (

@@ -129,7 +129,6 @@ def with_chats(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     return make_run
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_run_resumes_with_the_chats_that_it_had(with_chats: MakeRun, tmp_path: Path) -> None:
     training = {"use_cpu": True, "max_steps": 20, "save_strategy": "steps", "save_steps": 7, "save_total_limit": 5}
     run_file = with_chats(training=training, data={"replay": 0.4})
@@ -185,7 +184,6 @@ def test_chats_are_a_share_of_samples_or_tokens_and_others_in_each_epoch(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("sharding", ["--training.deepspeed=zero3", "--training.fsdp=true"])
 def test_sharded_ranks_learn_chats_as_one_rank_does(make_run: MakeRun, tmp_path: Path, sharding: str) -> None:
     training = {"max_steps": 8, "per_device_train_batch_size": 2}

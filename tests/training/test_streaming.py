@@ -14,7 +14,6 @@ from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_
 from tests.training.tiny_run import json_of, logged_losses, losses_of, refused_key, skipped_by, trained, write_run
 
 STREAMED = {"streaming": True, "group_by_modality_length": False, "shuffle_buffer": 5}
-pytestmark = pytest.mark.usefixtures("one_thread")
 OFTEN = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}
 
 
@@ -99,7 +98,6 @@ def test_what_a_stream_cannot_do_is_refused_before_weights(tmp_path: Path, tiny_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["messages", "parquet"])
 def test_two_ranks_read_disjoint_samples_and_resume_exactly(tmp_path: Path, tiny_llava: Path, name: str) -> None:
     samples = items(20)

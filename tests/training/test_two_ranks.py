@@ -64,7 +64,6 @@ def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_shards_of_fsdp_are_asked_saved_and_go_on_bitwise(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
     run_file = make_run(
         data={"cache_features": True},
@@ -90,7 +89,6 @@ def test_shards_of_fsdp_are_asked_saved_and_go_on_bitwise(make_run: MakeRun, tin
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_quantised_base_in_shards_trains_as_a_whole_one(tiny_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = write_tiny_llava(tmp_path / "base", width=64)
@@ -141,7 +139,6 @@ def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_l
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_ranks_without_deepspeeds_engine_are_one_run(mixed_run, one_rank, launcher, tmp_path) -> None:

@@ -119,7 +119,6 @@ def one_rank(run_file: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3", "null"])
 def test_two_ranks_take_the_steps_of_one(run_file: Path, one_rank: Path, stage: str) -> None:
     folder = run_file.parent / stage
@@ -147,7 +146,6 @@ def base_with_other_rows(base: Path, *, rows: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_run_from_a_checkpoints_adapter_has_its_random_rows(run_file: Path) -> None:
     """Frozen rows come from the adapter folder that carries them, not from the base as it is now."""
     first, second = run_file.parent / "first", run_file.parent / "second"
@@ -215,7 +213,6 @@ def expected(run_files: tuple[Path, Path]) -> Path:
     return folder
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("train", "accumulation"),
     [(in_this_process, 1), (in_this_process, 5), pytest.param(with_two_ranks, 3, marks=pytest.mark.slow)],

@@ -92,7 +92,6 @@ def served(base: Path, dtype: str, log: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(PYTHON is None, reason=NO_VLLM)
 def test_it_draws_by_the_adapter_of_each_step(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"max_steps": 4, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -114,7 +113,6 @@ def test_it_draws_by_the_adapter_of_each_step(base: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(PYTHON is None, reason=NO_VLLM)
 def test_in_bfloat16_it_differs_as_the_model_itself_does(base: Path, tmp_path: Path) -> None:
     training = {"max_steps": 3, "learning_rate": 1e-2, "warmup_steps": 0}

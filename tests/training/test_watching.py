@@ -39,8 +39,6 @@ from tests.training.tiny_run import (
     write_tiny_data,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run_file(make_run: MakeRun) -> Path:
@@ -251,7 +249,6 @@ def test_a_resumed_run_ends_with_the_sums_of_a_whole_one(with_bad_samples: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_ranks_carry_over_what_both_skipped(with_bad_samples: Path) -> None:
     whole, resumed = with_bad_samples.parent / "whole", with_bad_samples.parent / "resumed"
     options = ("--training.deepspeed=zero2", "--training.per_device_train_batch_size=2")
@@ -293,7 +290,6 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_ranks_find_the_loss_of_one(llava_run: Path) -> None:
     """Seven samples are no whole number of steps of two ranks; none may count twice."""
     entries = []

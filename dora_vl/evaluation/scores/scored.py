@@ -364,7 +364,7 @@ def drawn(several: Sequence[Scored]) -> list[dict[str, Numbers]]:
 def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Limits | None:
     """Returns the 95 % interval of draws of a metric, or of a difference; None where too few draws are a number.
 
-    Plain percentiles are too narrow for few units and for shares near 0 or 1 (test_coverage.py simulates it):
+    Plain percentiles are too narrow for few units and for shares near 0 or 1 (test_intervals.py simulates it):
 
     - A share has exact limits for as many independent answers as would vary as the draws do (Korn and Graubard 1998).
       Where the units are all alike they count as one answer each: forty of forty right may be 91 % of all questions.

@@ -1,6 +1,6 @@
 """An adapted model under `torch.compile`: one graph, the eager numbers, fresh norms after an optimizer step.
 
-Run by test_compile.py.
+Run by test_compiled.py.
 
 `aot_eager` traces and differentiates as the default compiler does, without its C++ build; one test pays for that.
 """

@@ -1,6 +1,6 @@
 """The Triton kernels against plain torch in float64, and whole layers through them against the eager ones.
 
-Run by test_triton_kernels.py in a process of its own: Triton decides when it is imported whether it interprets.
+Run by test_compiled.py in a process of its own: Triton decides when it is imported whether it interprets.
 """
 
 from __future__ import annotations

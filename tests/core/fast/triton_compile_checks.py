@@ -1,6 +1,6 @@
 """The kernels become machine code for cards that are not here, within the shared memory and registers they are given.
 
-Run by test_triton_kernels.py in a process of its own, not in the interpreter. Triton brings NVIDIA's assembler, so
+Run by test_compiled.py in a process of its own, not in the interpreter. Triton brings NVIDIA's assembler, so
 this needs no GPU; it says that the kernels compile and what they take, and nothing of results or times.
 """
 

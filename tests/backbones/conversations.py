@@ -1,4 +1,4 @@
-"""Conversations about pictures and videos, and what a family's own processor and our encoder make of them."""
+"""Conversations with and without pictures and videos: what a processor and our encoder make of them, and labels."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.processing_auto import AutoProcessor
 
 from dora_vl import DoRAConfig, apply_dora
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.families.targets import language_targets, projector_patterns
 from dora_vl.backbones.model import DecoderBackbone, open_backbone
+from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.video_inputs import metadata, pixels
 from dora_vl.data.example import Example
-from dora_vl.data.samples import BOOKKEEPING, Sample
+from dora_vl.data.samples import BOOKKEEPING, Encoded, Sample
 from dora_vl.data.turns import Clip, Turn
 from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS
-from tests.backbones.tiny_video import VIDEO, coloured_video
+from tests.backbones.tiny_image_text import VIDEO, coloured_video
 from tests.core.dense_dora import move_trained
 
 RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35), (20, 40, 220))
@@ -185,3 +188,63 @@ def adapted_backbone(folder: Path) -> DecoderBackbone:
     backbone = open_backbone(str(folder))
     adapt(backbone.model)
     return backbone.train()
+
+
+NASTY = [
+    " ASSISTANT: yes",
+    "a</s>b",
+    "USER: no",
+    "\nnew line",
+    "红色的圆",
+    "  two spaces",
+    "é ñ 🙂",
+    "<s>",
+    "<unk>",
+    "42",
+]
+
+
+PICTURE = Image.new("RGB", (8, 8))
+
+
+def no_pixels(_: Image.Image) -> torch.Tensor:
+    return torch.zeros(3, 8, 8)
+
+
+def piece_encoder(
+    tokenizer: PreTrainedTokenizerBase, template: str | None = "vicuna_v1", max_tokens: int = 2048, each: int = 4
+) -> Encoder:
+    """A LLaVA's encoder, without a model; a picture is so many tokens."""
+    image = int(tokenizer.convert_tokens_to_ids("<image>"))
+    processor = PieceProcessor(tokenizer, pixels=no_pixels, tokens_per_image=each, image_token_id=image)
+    return Encoder(processor, prompts_of(processor, "test", template, pictures=True), max_tokens=max_tokens)
+
+
+def encode_talk(encoder: Encoder, conversation: Example) -> Encoded:
+    return encoder.encode(conversation, [PICTURE] * len(conversation.images))
+
+
+def prompt_ids(encoder: Encoder, *turns: Turn) -> list[int]:
+    pictures = [PICTURE] * sum(turn.text.count("<image>") for turn in turns)
+    return encoder.encode_prompt(turns, pictures).input_ids.tolist()
+
+
+def conversation(*texts: str, images: int = 0) -> Example:
+    roles = ("user", "assistant")
+    turns = tuple(Turn(roles[number % 2], text) for number, text in enumerate(texts))
+    return Example("sample-7", tuple(f"{n}.png" for n in range(images)), turns)
+
+
+def answers_of(encoder: Encoder, labels: torch.Tensor, close: str) -> list[str]:
+    """The supervised stretches as text, each without its closing token."""
+    closing = encoder.tokenizer.convert_tokens_to_ids(close)
+    # The decoder takes a space off the beginning of a text, so each stretch is read behind a letter.
+    anchor = encoder.tokenizer.convert_tokens_to_ids("a")
+    groups: list[list[int]] = [[]]
+    for label in labels[labels != -100].tolist():
+        if label == closing:
+            groups.append([])
+        else:
+            groups[-1].append(label)
+    assert groups.pop() == [], "the last answer is not closed"
+    return [encoder.tokenizer.decode([anchor, *group], skip_special_tokens=False)[1:] for group in groups]
