@@ -28,11 +28,11 @@ WORDS = (1, 2, 3)
 """Token ids for the probe. A model that refuses one, as a picture's, counts as `inside`, which is right for any."""
 HeadPlace = Literal["open", "last", "inside"]
 PLACES: Mapping[HeadPlace, str] = {
-    "open": "over the base's hidden states",
-    "last": "at the end of the model's own forward",
-    "inside": "as the model's own forward changes them",
+    "open": "runs on the labelled positions alone",
+    "last": "runs within the model's own forward, on the labelled positions alone",
+    "inside": "runs within the model's own forward, which changes its scores",
 }
-"""Says whose scores a model's are."""
+"""Says for the log where a model's output head runs."""
 ABOUT_SCORES = frozenset({"labels", "logits_to_keep", "output_router_logits", "use_cache"})
 """A model's own forward may take these beside what its base takes."""
 

@@ -79,7 +79,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                 module.register_forward_hook(words_pass_by, with_kwargs=True)
         self.packed_attention = PackedAttention(model, decoder_of(model))
         self.head_place = find_head(model)
-        log.info("scores: the head's %s", PLACES[self.head_place])
+        log.info("the output head %s", PLACES[self.head_place])
         self.train(model.training)
 
     @property
