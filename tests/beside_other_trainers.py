@@ -5,8 +5,6 @@
 Trains a tiny Llama by `apply_dora` and by PEFT with `accelerate_peft`; saves, merges, and reloads in a new process.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What every test leaves behind it: no process group, and the environment of a launch as it found it."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Iterator

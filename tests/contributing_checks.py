@@ -1,7 +1,5 @@
 """Checks what CONTRIBUTING.md's changes bring; `test_contributing.py` runs this in a copy of the code that has them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -7,8 +7,6 @@ The demo in little (`dora-vl quickstart`), the commands of docs/your_pictures.md
 one step of the published 7B recipe on a stand-in of Vicuna with `tokenizer.model` alone. Imports the standard library.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

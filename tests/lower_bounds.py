@@ -6,8 +6,6 @@ A resolver that is only asked for low versions takes a higher one where that let
 ends instead, and says which bound cannot be had. One that the package does not have a bound for is an error.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from importlib.metadata import requires

@@ -6,8 +6,6 @@ Each run trains four steps and answers its test, once in this checkout and once 
 and the predictions must be equal to the last bit. Both use this file, the other checkout's tests write the tiny models.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Real published files, which are not part of the repository; tests that need them are skipped without them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

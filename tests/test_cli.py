@@ -1,7 +1,5 @@
 """`dora-vl`: what a person types, what is printed; status 2 with a line for wrong input, 130 and 143 for signals."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@
 then what a run has else. It is changed by hand, with the recipe.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -33,7 +31,7 @@ from dora_vl.backbones.tower_sources import load_tower
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
 from dora_vl.run.arguments import check_deepspeed, read_deepspeed
-from dora_vl.run.settings import ModelConfig, RunConfig, Task, settings_of
+from dora_vl.run.settings import ModelConfig, RunConfig, settings_of
 from dora_vl.run.settings_parser import flattened, read_run, run_parser, variants_of
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.parts import adapt
@@ -274,12 +272,6 @@ RESOLVED: Mapping[str, Any] = json.loads(Path(__file__).with_name("configs_resol
 EXPECTED = {name: {**group["shared"], **run} for group in RESOLVED.values() for name, run in group["runs"].items()}
 
 
-@functools.cache
-def defaults_of(task: Task) -> dict[str, Any]:
-    defaults = run_parser(task).get_defaults().as_dict()
-    return flattened(json.loads(json.dumps(defaults)))  # as what was read: lists for tuples
-
-
 def test_every_recipe_is_written_down() -> None:
     assert sorted(recipe.name for recipe in CONFIGS) == sorted(EXPECTED)
 
@@ -287,7 +279,8 @@ def test_every_recipe_is_written_down() -> None:
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda recipe: recipe.name)
 def test_resolves_to_what_is_written_down(recipe: Recipe) -> None:
     settings, expected = settings_of(read(recipe)), EXPECTED[recipe.name]
-    defaults = defaults_of(settings["task"])
+    defaults = run_parser(settings["task"]).get_defaults().as_dict()
+    defaults = flattened(json.loads(json.dumps(defaults)))  # as what was read: lists for tuples
     assert (settings.pop("variant"), settings.pop("task")) == (recipe.variant, recipe.path.parent.name)
     actual = flattened(settings)
     assert {key: actual.get(key, "is not there") for key in expected} == expected

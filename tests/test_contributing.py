@@ -1,7 +1,5 @@
 """Makes each change of CONTRIBUTING.md in a copy of the code, from the page alone, and checks what it brings."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Every Python block of the pages runs as it is printed, in a folder that holds what the page asks for."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

@@ -3,8 +3,6 @@
 Every function on design.md's paths, of a row and of an answer, is where the page says.
 """
 
-from __future__ import annotations
-
 import pkgutil
 import re
 import shutil

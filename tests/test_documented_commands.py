@@ -3,8 +3,6 @@
 Those of docs/first_hour.ipynb too, whose cells a slow test runs one by one.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib

@@ -4,8 +4,6 @@ The mistakes are made one at a time, at a terminal in a folder of settings, data
 weight.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -175,9 +173,7 @@ def test_the_setting_the_file_or_what_a_model_lacks_is_named(here: Path, options
 
 
 @pytest.mark.parametrize("wrong", ["processor", "picture token"])
-def test_a_base_of_which_a_file_is_anothers(
-    here: Path, model: Path, capsys: pytest.CaptureFixture[str], wrong: str
-) -> None:
+def test_a_base_of_which_a_file_is_anothers(here, model, capsys, wrong) -> None:
     """As where the processor of 336 pixels lies beside a tower of 224, or a config of the original code."""
     other = Path(shutil.copytree(model, here / "other"))
     if wrong == "processor":

@@ -1,7 +1,5 @@
 """Which package imports which, what the core loads, and shapes in annotations, checked where jaxtyping was asked to."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

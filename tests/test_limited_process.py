@@ -1,7 +1,5 @@
 """A process that can be ended: its limits, its end with whoever waits, and that nothing it sends is run."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle
@@ -88,9 +86,7 @@ class Opens:
         return os.mkdir, (str(self.path),)
 
 
-def test_what_a_process_sends_is_not_run_and_cannot_fill_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_process_sends_is_not_run_and_cannot_fill_the_memory(tmp_path, monkeypatch) -> None:
     """As of a decoder that was taken over."""
     pickled = pickle.dumps(Opens(tmp_path / "made"))
     first = b'{"size": [9, 9]}'

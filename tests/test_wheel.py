@@ -1,7 +1,5 @@
 """What the wheel holds, one package with its recipes; what `make clean` keeps and `make lower-bounds` installs."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import os

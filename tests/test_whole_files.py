@@ -1,7 +1,5 @@
 """Folders and files appear whole, whenever their writer is killed; a cut weights file is told with its name."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tiny bases, and adapters written the way each tool writes them, with each tool's own forward pass written out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -4,8 +4,6 @@ Run by tests/core/fast/test_compiled.py. PEFT's own DoRA needs several graphs (i
 module's name), its LoRA one.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

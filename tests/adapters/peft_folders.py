@@ -1,7 +1,5 @@
 """PEFT adapters whose tensors are moved away from where PEFT starts them."""
 
-from __future__ import annotations
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn

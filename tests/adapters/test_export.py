@@ -1,7 +1,5 @@
 """Merged, composed and exported folders: names as published; what vLLM serves with its adapter is the trained model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -165,15 +163,11 @@ def test_every_family_is_named_as_published_and_read_alike(family: str, tmp_path
     assert not report["unexpected_keys"]
     saved(plain, tmp_path / "again")  # transformers saves what it loaded by the names that it had
     assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(keys.values())
-    inputs = one_picture(base)
-    with torch.no_grad():
-        torch.testing.assert_close(plain.eval()(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
-
-
-def one_picture(base: Path) -> dict[str, torch.Tensor]:
     picture = Image.new("RGB", (33, 21), (10, 200, 30))
     prompt = encoder_of(base).encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
-    return {"input_ids": prompt.input_ids[None], **prompt.inputs}
+    inputs = {"input_ids": prompt.input_ids[None], **prompt.inputs}
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_text_model_keeps_its_names(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The adapter folder and checkpoints: bitwise round trips, PEFT's own too, whole or not at all, and strict loading."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -185,9 +183,7 @@ OF_A_MODEL: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, *OF_A_MODEL])
-def test_a_damaged_folder_is_refused_and_changes_nothing(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_folder_is_refused_and_changes_nothing(damage, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(settings_module, "MATCHING_SECONDS", 0.2)
     save_adapter(trained_small("dora"), tmp_path)
     {**DAMAGES, **OF_A_MODEL}[damage](tmp_path)
@@ -211,9 +207,7 @@ def test_a_damaged_folder_is_refused_and_changes_nothing(
         (RECIPE_FILE, {"rank_scaling": "sqrt"}),
     ],
 )
-def test_two_files_that_contradict_each_other_are_refused(
-    name: str, file: str, values: dict[str, object], tmp_path: Path
-) -> None:
+def test_two_files_that_contradict_each_other_are_refused(name, file, values, tmp_path) -> None:
     save_adapter(trained_small(name), tmp_path)
     before = json.loads((tmp_path / file).read_text())
     fields(file, **values)(tmp_path)

@@ -1,7 +1,5 @@
 """Foreign files: names, refusals; what `convert` or `save` writes opens as its source was, in PEFT too or never."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Merging: one plan for all ways, PEFT's logits or a refusal; the folder answers as the unmerged model, in one go."""
 
-from __future__ import annotations
-
 import json
 import re
 import weakref
@@ -180,9 +178,7 @@ IDS = torch.arange(24).view(2, 12) % 40
 @pytest.mark.parametrize("tiny", [tiny_mixtral, tiny_qwen])
 @pytest.mark.parametrize("config", [LINEAR, EXPERTS], ids=["linear", "experts"])
 @torch.no_grad()
-def test_merged_experts_answer_as_the_adapted_model(
-    tiny: Callable[[], Any], config: DoRAConfig, tmp_path: Path
-) -> None:
+def test_merged_experts_answer_as_the_adapted_model(tiny, config, tmp_path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path / "base")
     stored = load_file(tmp_path / "base" / "model.safetensors")
@@ -277,9 +273,7 @@ def ways(base: Path, folder: Path, to: Path) -> list[Callable[[], Any]]:
 
 @pytest.mark.parametrize("use_dora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dora", "lora"])
 @pytest.mark.parametrize(("tied", "name"), CASES)
-def test_all_give_pefts_logits_or_all_refuse(
-    tmp_path: Path, bases: dict[bool, Path], tied: bool, name: str, use_dora: bool
-) -> None:
+def test_all_give_pefts_logits_or_all_refuse(tmp_path, bases, tied, name, use_dora) -> None:
     base = bases[tied]
     expected = peft_folder(base, tmp_path / "adapter", use_dora=use_dora, **CHANGES[name])
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -325,9 +319,7 @@ def merged_by_verb(*words: str) -> list[str]:
     return list(merging.merge(parser.parse_args(list(words))))
 
 
-def test_the_verb_compares_what_it_wrote(
-    tmp_path: Path, bases: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_verb_compares_what_it_wrote(tmp_path, bases, monkeypatch) -> None:
     base = bases[False]
     peft_folder(base, tmp_path / "adapter", **CHANGES["head"])
     words = ["--adapter", str(tmp_path / "adapter"), "--base", str(base), "--to", str(tmp_path / "merged")]

@@ -1,7 +1,5 @@
 """`accelerate_peft`: what users do with a PEFT model and its accelerated copy; convolutions and PEFT, both ways."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

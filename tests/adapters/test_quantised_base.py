@@ -1,7 +1,5 @@
 """Bases that are quantised for a run: which layers, the values that they have then, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

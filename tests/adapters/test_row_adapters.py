@@ -1,7 +1,5 @@
 """Rows of one batch under different adapter folders: each has the logits of its adapter alone, whatever it trained."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A LLaMA-like tokenizer and a tiny random LLaVA, made on the spot: nothing here comes from a hub."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

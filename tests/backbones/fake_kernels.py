@@ -3,8 +3,6 @@
 `test_opening.py` installs it where `kernels_checks.py` runs. Transformers 5.25 requires the package.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Flag, auto

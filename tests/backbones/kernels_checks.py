@@ -3,8 +3,6 @@
 Run by test_opening.py in a process of its own: transformers decides when it is imported whether the package is there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,9 +116,7 @@ def test_transformers_alone_asks(folders: Folders) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_kernel_is_asked_for(
-    way: str, folders: Folders, loads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_kernel_is_asked_for(way, folders, loads, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(replay, "write_chats", lambda path, *_: loads.append(path.name))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     before = len(loads)

@@ -1,7 +1,5 @@
 """Writes `docs/models.md` from the table of tiny families: `python -m tests.backbones.model_table`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers.models.auto.modeling_auto import (

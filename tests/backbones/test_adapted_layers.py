@@ -1,7 +1,5 @@
 """Presets stand for the layers of a place, LLaVA-7B has the paper's numbers, and quantised bases the same layers."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -139,11 +137,6 @@ def test_llava_7b_at_rank_128(method: str, expected: int) -> None:
     assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == expected
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny("qwen2_5_vl", tmp_path_factory.mktemp("wide") / "base", width=64)
-
-
 def write_base(family: str, folder: Path) -> Path:
     if family == "llama":
         write_tiny_language(folder, hidden_size=64, intermediate_size=128)
@@ -182,8 +175,9 @@ def test_it_computes_with_the_dequantised_weights(tmp_path: Path, family: str, k
     torch.testing.assert_close(logits, logits_of(plain), rtol=0, atol=tolerance)
 
 
-def test_packed_weights_do_not_train_themselves(wide: Path) -> None:
+def test_packed_weights_do_not_train_themselves(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
+    wide = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
     model = open_backbone(str(wide), quantisation="nf4").model
     with pytest.raises(UserError, match=r"full: model\.language_model\.layers\.0"):
         apply_dora(model, DoRAConfig(method="full", targets=("model.language_model*",)))

@@ -1,7 +1,5 @@
 """Chat templates of many forms, and formats where there is none: which answers they let train, and what is refused."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace

@@ -4,8 +4,6 @@ The templates are written after the published ones: where thoughts go, what a pr
 rewritten once later turns follow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace

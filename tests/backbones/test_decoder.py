@@ -1,7 +1,5 @@
 """The backbone of every decoder and family: transformers' own loss, nothing needless computed, packed rows likewise."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,12 +101,6 @@ def with_stored(samples: list[Sample], backbone: DecoderBackbone) -> list[Sample
     ]
 
 
-def backbone_of(family: str, llava: DecoderBackbone) -> tuple[DecoderBackbone, list[Sample]]:
-    if family == "llava":
-        return llava, llava_samples()
-    return DecoderBackbone(tiny_language(family)), language_samples()
-
-
 def gradients(backbone: DecoderBackbone, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     backbone.zero_grad()
     loss = backbone(**inputs_of(batch)).losses.sum()
@@ -119,7 +111,8 @@ def gradients(backbone: DecoderBackbone, batch: Any) -> tuple[Tensor, dict[str, 
 @pytest.mark.parametrize("family", ["llava", *LANGUAGE_FAMILIES])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_equal_to_transformers_on_each_row_alone(backbone: DecoderBackbone, family: str, side: Any) -> None:
-    backbone, samples = backbone_of(family, backbone)
+    samples = llava_samples() if family == "llava" else language_samples()
+    backbone = backbone if family == "llava" else DecoderBackbone(tiny_language(family))
     heads: list[torch.Size] = []
     head = backbone.model.get_output_embeddings()
     head.register_forward_hook(lambda _, args, __: heads.append(args[0].shape[:-1]))  # pyright: ignore
@@ -526,7 +519,6 @@ def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch:
 
 
 def test_logits_that_a_model_changes_in_place_are_the_loss_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(next_token, "SMALL_VOCABULARY", 0)  # losses in chunks, wherever the head is the last step
     model = tiny_language().eval().requires_grad_(False)
     forward = model.forward
 

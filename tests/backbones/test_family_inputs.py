@@ -1,7 +1,5 @@
 """Families, with videos too: which are trained, inputs are the processor's own, labels the answers, cuts text."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

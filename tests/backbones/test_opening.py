@@ -1,7 +1,5 @@
 """Bases: composed ones open like downloaded ones, GGUF files as llama.cpp wrote them, none with a kernel of the hub."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os
@@ -42,22 +40,15 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def language_folder(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_tokenizer: PreTrainedTokenizerFast
-) -> Path:
+def language_folder(request, tmp_path_factory, new_tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("language")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(_saved_without_image(new_tokenizer, folder))
+    new_tokenizer.save_pretrained(folder)
+    (file := folder / "tokenizer.json").write_text(file.read_text().replace('"<image>"', '"<other>"'))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     torch.manual_seed(0)
     tied = {"vocab_size": len(tokenizer), "tie_word_embeddings": request.param == "tied"}
     config = LlamaConfig(**{**SIZES, **tied})
     LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def _saved_without_image(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer.json"
-    path.write_text(path.read_text().replace('"<image>"', '"<other>"'))
     return folder
 
 
@@ -156,23 +147,11 @@ def test_refusals(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> SmallLanguageModel:
+def test_a_small_llama_is_made_with_its_vocabulary(make_spec, tmp_path) -> None:
     file = tmp_path / "texts.jsonl"
     write_examples(file, [Example(id="1", question="what color is it?", answers=(Answer(text="light blue"),))])
-    return SmallLanguageModel(
-        texts=(str(file),),
-        words=("[INST]",) * 2,
-        vocabulary=290,
-        width=16,
-        layers=2,
-        heads=2,
-        feedforward=8,
-        init_std=0.2,
-    )
-
-
-def test_a_small_llama_is_made_with_its_vocabulary(make_spec, small, tmp_path) -> None:
+    sizes = {"vocabulary": 290, "width": 16, "layers": 2, "heads": 2, "feedforward": 8}
+    small = SmallLanguageModel(texts=(str(file),), words=("[INST]",) * 2, init_std=0.2, **sizes)
     for name, seed in {"first": 3, "again": 3, "other": 4}.items():
         compose_llava(make_spec(language_model=None, small=small, projector_seed=seed), tmp_path / name)
     first, again, other = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again", "other"))

@@ -1,7 +1,5 @@
 """What a run saves opens in PEFT with the same logits, or PEFT refuses it: every family, by each method."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

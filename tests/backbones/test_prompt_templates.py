@@ -1,7 +1,5 @@
 """Tokenizers, and each format of strings: text, tokens and labels written out, as the published algorithm has them."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import random

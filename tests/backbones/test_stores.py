@@ -1,7 +1,5 @@
 """Stored features, and stored outputs of frozen vision parts with the loss and gradients of the pictures themselves."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import shutil

@@ -4,8 +4,6 @@ The templates are written after the published ones. What each answer must become
 the prompts are transformers' own, of the same messages.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """Pixels are LLaVA's and CLIP's own, bit for bit; networks of three libraries become one kind of tower."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

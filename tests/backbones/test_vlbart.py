@@ -1,7 +1,5 @@
 """VL-BART: published numbers, picture tokens, names, original files, a composed one, and texts longer than it reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +243,6 @@ SCALES = torch.tensor([1.0, 5.0, 0.5, 3.0])
 CENTRES = torch.tensor([10.0, -2.0, 0.0, 7.0])
 
 
-@pytest.fixture
-def features(tmp_path: Path) -> Path:
-    folder = tmp_path / "features"
-    numbers = torch.randn(50, 2, 4, generator=torch.Generator().manual_seed(0)) * SCALES + CENTRES
-    return write_features(folder, numbers)
-
-
 def spec_of(tmp_path: Path, standardise: str | None = None) -> VlBartSpec:
     write_examples(tmp_path / "texts.jsonl", [Example(id="1", question=TEXTS[0], answers=(Answer(text=TEXTS[1]),))])
     small = SmallLanguageModel(
@@ -260,7 +251,9 @@ def spec_of(tmp_path: Path, standardise: str | None = None) -> VlBartSpec:
     return VlBartSpec(small=small, feature_width=4, pooled_side=None, seed=3, standardise=standardise)
 
 
-def test_a_composed_model_begins_with_standardised_features(tmp_path: Path, features: Path) -> None:
+def test_a_composed_model_begins_with_standardised_features(tmp_path: Path) -> None:
+    numbers = torch.randn(50, 2, 4, generator=torch.Generator().manual_seed(0)) * SCALES + CENTRES
+    features = write_features(tmp_path / "features", numbers)
     compose_vlbart(spec_of(tmp_path), tmp_path / "plain")
     compose_vlbart(spec_of(tmp_path, standardise=str(features)), tmp_path / "standardised")
     plain, changed = (

@@ -1,7 +1,5 @@
 """Tiny random vision-language models of many families, videos too, each a folder with processor and chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

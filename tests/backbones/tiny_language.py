@@ -1,7 +1,5 @@
 """Tiny random language models: of several families, and Vicuna v1.5 as published, with `tokenizer.model` alone."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A VL-BART of a few thousand parameters, and bart-base's shape without values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -9,8 +9,6 @@ those at the fullest moment (weights and optimizer included); the third one's pr
 estimate counts the run's first batch, as the command does on this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

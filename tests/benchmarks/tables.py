@@ -9,8 +9,6 @@ and intervals are computed again from the kept scores; a `compare.json` that say
 Other tables are made from a line of `benchmarks/results.jsonl`, or of estimates of `dora-vl estimate`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import lzma

@@ -1,7 +1,5 @@
 """The figures of the pages: each table is made from what the repository keeps, or a test reads it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -211,9 +209,7 @@ def test_live_bytes_follows_what_is_made_until_it_dies():
 
 
 @pytest.mark.parametrize(("column", "gpus", "more"), [(1, 1, ()), (3, 8, ("--training.deepspeed=zero3",))])
-def test_the_estimates_of_choosing_are_those_of_the_command(
-    tmp_path: Path, column: int, gpus: int, more: tuple[str, ...]
-) -> None:
+def test_the_estimates_of_choosing_are_those_of_the_command(tmp_path, column, gpus, more) -> None:
     words, shape = ("--variant=7b_dora", "--data.train=my.json", "--data.max_tokens=2048"), "llava-1.5-7b"
     config = with_shape(read_run(["--config=image_text/qwen2_5_vl", *words, *more]), shape, tmp_path)
     cells = {row[0]: row for rows in tables_of((DOCS / "choosing.md").read_text(encoding="utf-8")) for row in rows}

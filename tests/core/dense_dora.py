@@ -4,8 +4,6 @@ Nothing here is shared with `dora_vl.core`: the direction is a full matrix, the 
 product with a given mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Several adapters in one layer, whole, in part or beyond: each row as its own makes it, base rows bit by bit."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

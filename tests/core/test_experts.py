@@ -1,7 +1,5 @@
 """Experts that are one tensor: DoRA in each equals a dense DoRA written out over transformers' own forward, float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The norm is never stale, whatever edits, replaces, averages or shards its tensors, and computed once for a set."""
 
-from __future__ import annotations
-
 import copy
 import io
 import os

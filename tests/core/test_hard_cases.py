@@ -1,7 +1,5 @@
 """Adapted layers where numbers are hard, under edits and `torch.func`; what once came out wrong without a word."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

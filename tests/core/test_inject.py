@@ -1,7 +1,5 @@
 """Where adapters go and how they start, what trains, what is refused, that all is undone and no more is changed."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

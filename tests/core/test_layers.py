@@ -1,7 +1,5 @@
 """What every kind of adapted layer owes: the dense equation, a start that changes no bit, merging, PEFT's results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

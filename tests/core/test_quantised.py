@@ -1,7 +1,5 @@
 """Layers that are quantised or only ever called: norms, outputs and gradients are the dequantised layer's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

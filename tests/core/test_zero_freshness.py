@@ -3,8 +3,6 @@
 Run as a program it trains under each stage and prints what came of it as JSON.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Property tests on shared cores: no verdict by the clock, and the same examples at every run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

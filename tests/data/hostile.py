@@ -1,7 +1,5 @@
 """What somebody may put where a picture or video is expected, to do harm."""
 
-from __future__ import annotations
-
 import io
 import os
 import stat

@@ -1,7 +1,5 @@
 """The invented files in each publisher's form, and `dora-vl prepare` over them."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -1,7 +1,5 @@
 """check-data finds each planted problem, names its ids, and says nothing of files that are fine."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import io

@@ -3,8 +3,6 @@
 Names, special files and formats that could do harm, of videos too, are one printable line; nothing is opened.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import struct
@@ -199,9 +197,7 @@ def test_a_picture_is_bounded_by_its_head_before_it_is_decoded(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("content", [lambda: jpeg_of_scans(4_000, 20_000), lambda: gif_with_comments(30_000_000)])
-def test_a_picture_that_takes_its_decoder_too_long_is_not_decoded_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Callable[[], bytes]
-) -> None:
+def test_a_picture_that_takes_its_decoder_too_long_is_not_decoded_on(tmp_path, monkeypatch, content) -> None:
     """In the process that trains too: a JPEG of thousands of scans, each of which goes through all of it."""
     monkeypatch.setattr("dora_vl.data.pictures.PICTURE_SECONDS", 0.3)
     (tmp_path / "a").write_bytes(content())
@@ -351,9 +347,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("put", [*SPECIAL.values(), *FORMATS.values()], ids=[*SPECIAL, *FORMATS])
-def test_no_regular_file_or_a_format_that_starts_programs_or_names_files(
-    reader: VideoReader, tmp_path: Path, put: Callable[[Path], object]
-) -> None:
+def test_no_regular_file_or_a_format_that_starts_programs_or_names_files(reader, tmp_path, put) -> None:
     put(tmp_path / "hostile")
     for follow_links in (False, True):
         refused(reader, MediaFolder(tmp_path, follow_links), "hostile")

@@ -1,7 +1,5 @@
 """A split is made once, in the publisher's order; each source's rows become the records written out by hand."""
 
-from __future__ import annotations
-
 import base64
 import errno
 import itertools
@@ -233,9 +231,7 @@ def damaged_picture(text: str) -> str:
 @pytest.mark.parametrize(
     "damage", [cut_picture, damaged_picture, lambda text: text.replace("\tA\tattribute", "\tAB\tattribute", 1)]
 )
-def test_a_damaged_row_of_mmbench_is_dropped_and_a_damaged_table_refused(
-    tmp_path: Path, damage: Callable[[str], str]
-) -> None:
+def test_a_damaged_row_of_mmbench_is_dropped_and_a_damaged_table_refused(tmp_path, damage) -> None:
     folder = copied("mmbench", tmp_path)
     path = folder / MMBENCH
     path.write_text(damage(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -263,9 +259,7 @@ ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
         ("vqav2-karpathy", ANNOTATIONS, "annotations", []),
     ],
 )
-def test_a_row_without_answers_is_dropped(
-    tmp_path: Path, fixture: str, file: str, rows_of: str | None, answers: Any
-) -> None:
+def test_a_row_without_answers_is_dropped(tmp_path, fixture, file, rows_of, answers) -> None:
     before = dropped(FIXTURES / fixture, tmp_path / "whole")
     folder = copied(fixture, tmp_path)
     content = json.loads((folder / file).read_text(encoding="utf-8"))
@@ -332,9 +326,7 @@ def test_the_versions_of_popes_labels_are_told_apart(tmp_path: Path) -> None:
     assert (split["written"], split["notes"]["label_version"]) == (8910, "e3e3926 (LLaVA-1.5's)")
 
 
-def test_the_documented_folder_of_llm_adapters_becomes_cloze_records(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_documented_folder_of_llm_adapters_becomes_cloze_records(tmp_path, caplog) -> None:
     """Its BoolQ has no passage, and one with passages may lie beside it."""
 
     def write(name: str, row: dict[str, object]) -> Path:

@@ -1,7 +1,5 @@
 """Rows become samples or named skips; batches hold every token once; an order is a function of seed and epoch."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -1,7 +1,5 @@
 """Files as tables and as streams: converted once, examples as read, each as often, weights, splits, groups, overlap."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -241,9 +239,7 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
         ({"instruction": "Say it.", "output": "it is red", "answer": "red"}, ["it is red"]),
     ],
 )
-def test_the_right_answers_are_stored_the_trained_one_first(
-    row: dict[str, object], expected: list[str], tmp_path: Path
-) -> None:
+def test_the_right_answers_are_stored_the_trained_one_first(row, expected, tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (example,) = load_rows(str(tmp_path / "a.jsonl"))
     assert isinstance(example, Example)
@@ -444,9 +440,7 @@ def test_shards_come_in_another_order_each_epoch_and_rows_without_an_id_have_nam
 
 
 @pytest.mark.parametrize(("name", "count"), [("parquet", 22), ("saved", 22), ("messages", None), ("webdataset", None)])
-def test_samples_are_known_where_the_file_says_how_many_rows_it_has(
-    tmp_path: Path, name: str, count: int | None
-) -> None:
+def test_samples_are_known_where_the_file_says_how_many_rows_it_has(tmp_path, name, count) -> None:
     path = WRITERS[name](tmp_path, MADE)
     assert opened(source(path, weight=2)).samples == count
     assert opened(source(path, weight=0.5)).samples is None

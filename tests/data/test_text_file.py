@@ -1,7 +1,5 @@
 """Text files of a person and of examples: any bytes give rows, or an error that names file and line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,9 +156,7 @@ HALF = '{"a": "\\uDE00"}'
         ("values", f'{{"a": 1}}\n{HALF}', "row 2"),
     ],
 )
-def test_what_is_wrong_has_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, content: str | bytes, where: str
-) -> None:
+def test_what_is_wrong_has_its_place(tmp_path, monkeypatch, read, content, where) -> None:
     monkeypatch.setattr(text_file, "LONGEST_LINE_BYTES", 110_000)
     path = tmp_path / "broken.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -240,9 +236,7 @@ def test_a_carriage_return_inside_a_line_is_named_in_our_words(tmp_path: Path) -
     ],
     ids=["another length", "a cell of JSON", "lines of JSON"],
 )
-def test_a_row_has_one_number_in_every_message(
-    tmp_path: Path, name: str, rows: str, unfit: str, broken: str, line: int
-) -> None:
+def test_a_row_has_one_number_in_every_message(tmp_path, name, rows, unfit, broken, line) -> None:
     path = tmp_path / name
     path.write_text(rows.format(unfit), newline="")
     assert [row.sample_id for row in load_rows(str(path)) if isinstance(row, BadSample)] == ["row 2"]

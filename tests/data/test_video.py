@@ -1,7 +1,5 @@
 """Videos: the same frames from every backend, the right ones, and no file that hangs or ends the run."""
 
-from __future__ import annotations
-
 import time
 from bisect import bisect_right
 from contextlib import closing
@@ -12,7 +10,7 @@ import pytest
 
 from dora_vl import limited_process
 from dora_vl.data.example import Clip
-from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, clip_span, moments, no_video_reason
+from dora_vl.data.video import EverySeconds, Uniform, VideoReader, clip_span, moments, no_video_reason
 from dora_vl.data.video_backends import BACKENDS as LIBRARIES
 from dora_vl.data.video_backends import BackendMissing, NoVideo, OpenVideo, Unreadable, import_backend
 from dora_vl.errors import BadSample, UserError
@@ -69,9 +67,7 @@ def test_frames_that_begin_unevenly_are_found_by_their_times(tmp_path: Path, bac
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
-def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(
-    tmp_path: Path, backend: str, suffix: str
-) -> None:
+def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(tmp_path, backend, suffix) -> None:
     path = write_video(tmp_path / f"a{suffix}", x264=OPEN_GOPS)
     with av.open(str(path)) as container:
         whole = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
@@ -241,9 +237,7 @@ def test_whole_files_are_read_and_no_cut_one_is(tmp_path: Path, suffix: str) -> 
         (EverySeconds(1.5, max_frames=3), (0.0, 60.0), [10.0, 30.0, 50.0]),
     ],
 )
-def test_the_moments_that_are_looked_at(
-    sampling: FrameSampling, span: tuple[float, float], expected: list[float]
-) -> None:
+def test_the_moments_that_are_looked_at(sampling, span, expected) -> None:
     assert moments(sampling, start=span[0], end=span[1]) == pytest.approx(expected)
 
 

@@ -1,7 +1,5 @@
 """Small video files of every kind that goes wrong, written with PyAV."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path

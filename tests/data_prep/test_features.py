@@ -1,7 +1,5 @@
 """Features of pictures and videos from the command line: whole, shared between processes, and past what is broken."""
 
-from __future__ import annotations
-
 import json
 import signal
 from dataclasses import replace
@@ -87,9 +85,7 @@ def test_a_number_out_of_its_limits_is_refused_before_anything_is_read(root: Pat
     "how",
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)],
 )
-def test_an_interruption_loses_no_features(
-    root: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, request, how: int | None
-) -> None:
+def test_an_interruption_loses_no_features(root, tmp_path, weights, monkeypatch, request, how) -> None:
     to, encode, seen = tmp_path / "features", FeatureEncoder.encode, []
 
     def interrupted(self: FeatureEncoder, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """Records as LLaVA's training JSON: the benchmark's wording, what is left out, and what the reader makes of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

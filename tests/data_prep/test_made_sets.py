@@ -1,7 +1,5 @@
 """Sets that are made: easy-VQA in halves, scenes of NLVR's kind; the same seed writes the same bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

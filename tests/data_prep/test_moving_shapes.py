@@ -1,7 +1,5 @@
 """The clips show what their questions ask for, and the same seed makes them again."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`dora-vl analyze`: the equations by hand, an adapter and its merged folder alike, wrong inputs; pictures of a run."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Asking an adapter about one's own pictures and videos, beside its base; what its folder says of base and prompt."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace
@@ -123,9 +121,7 @@ def test_strength_is_that_of_the_server(pictures_adapter: Path, pictures: list[s
     assert all(not torch.allclose(first, other, atol=1e-2) for first, other in pairwise(seen_logits))
 
 
-def test_pictures_together_and_a_talk(
-    pictures_adapter: Path, pictures: list[str], monkeypatch: Any, capsys: Any
-) -> None:
+def test_pictures_together_and_a_talk(pictures_adapter, pictures, monkeypatch, capsys) -> None:
     seen: list[tuple[list[Turn], int]] = []
 
     def answer(self: object, question: Example, shown: PromptMedia, **_: object) -> str:
@@ -156,9 +152,7 @@ def refused(*arguments: str) -> None:
         ask(*arguments, "--question", "q")
 
 
-def test_an_incomplete_recipe_and_a_base_moved_or_changed(
-    pictures_adapter: Path, pictures: list[str], tmp_path: Path
-) -> None:
+def test_an_incomplete_recipe_and_a_base_moved_or_changed(pictures_adapter, pictures, tmp_path) -> None:
     copied = tmp_path / "adapter"
     shutil.copytree(pictures_adapter, copied)
     recipe = json.loads((copied / "recipe.json").read_text())
@@ -208,9 +202,7 @@ def test_what_cannot_be_asked_is_refused(model_type: str, recipe: dict[str, obje
         find_source(ModelRequest(adapter=folders(tmp_path, model_type, **recipe)))
 
 
-def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(tmp_path, monkeypatch) -> None:
     pictures_adapter = folders(tmp_path, "qwen2_5_vl", **WORDING, attn_implementation={"": "flash_attention_2"})
     for available, expected in ((True, {"": "flash_attention_2"}), (False, None)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
@@ -433,9 +425,7 @@ def evaluated(adapter: Path, benchmark: object, root: Path, to: Path, *more: obj
     return json.loads((to / "metrics.json").read_text())
 
 
-def test_a_llava_is_evaluated_on_frames(
-    llava: Path, own_benchmark: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_llava_is_evaluated_on_frames(llava, own_benchmark, root, tmp_path, monkeypatch) -> None:
     shown: list[int] = []
     pictures = assistant_module.QuestionSamples.__getitem__
 
@@ -457,9 +447,7 @@ def test_a_llava_is_evaluated_on_frames(
     assert shown == [3, 2]
 
 
-def test_a_vlbart_is_evaluated_as_it_was_trained(
-    vlbart: Path, own_benchmark: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vlbart_is_evaluated_as_it_was_trained(vlbart, own_benchmark, root, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")  # without Java
     entry = evaluated(vlbart, own_benchmark, root, tmp_path / "choice")["sets"]["moving"]
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})

@@ -1,7 +1,5 @@
 """One way to ask every model: batches as one by one, letters by likelihood, with an adapter, PEFT's, or none."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

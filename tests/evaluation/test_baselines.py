@@ -1,7 +1,5 @@
 """What stands beside a score: other pictures, commonest answers, the untrained base, what the model forgot."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Benchmarks of one's own and question files of others, the cloze form, and a row of each source up to its score."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping, Sequence
@@ -288,11 +286,6 @@ def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answers_to(folder: Path, task: str) -> dict[str, str]:
-    rows = read_predictions(folder / "scores" / "predictions.jsonl")[task]
-    return {name: row.prediction for name, row in rows.items()}
-
-
 def likelihood(model: Any, tokenizer: Any, context: str, ending: str) -> float:
     """Written out: the log-softmax of each token of the ending, summed."""
     ids, before = tokenizer(f"{context} {ending}")["input_ids"], len(tokenizer(context)["input_ids"])
@@ -307,7 +300,8 @@ def test_likelihoods_are_the_model_s(scored_folder: Path) -> None:
     scores = {(line["set"], line["id"]): line for line in score_lines(scored_folder / "scores")}
     for task in ("piqa", "winogrande", "ARC-Easy"):
         examples = list(iterate_examples(scored_folder / "records" / task / "test.jsonl"))
-        answers = answers_to(scored_folder, task)
+        rows = read_predictions(scored_folder / "scores" / "predictions.jsonl")[task]
+        answers = {name: row.prediction for name, row in rows.items()}
         assert set(answers) == {example.id for example in examples}
         for example in examples:
             pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
@@ -340,7 +334,9 @@ def test_a_row_becomes_prompt_target_and_score(row: dict[str, Any], tmp_path: Pa
         assert turn.text == row["asked"]
     if "vlbart" in row:
         expected = row["vlbart"]
-        assert seq2seq_text(SUBTASKS[expected["task"]], example) == (expected["text"], expected["target"])
+        prompt = (subtask := SUBTASKS[expected["task"]]).prompt(example)
+        assert prompt.subtitles_before + prompt.subtitles + prompt.text == expected["text"]
+        assert subtask.target(example, 0, Random(0)).text == expected["target"]
     if "trained" in row:
         expected = row["trained"]
         assert trained_text(expected["template"], file, row["id"]) == (expected["text"], expected["answers"])
@@ -364,11 +360,6 @@ def prepared(row: Mapping[str, Any], to: Path) -> Path:
     words = [row["source"], "--from", str(FIXTURES / row["fixture"]), "--to", str(to)]
     list(prepare.run(parser.parse_args(words)))
     return to / f"{row['split']}.jsonl"
-
-
-def seq2seq_text(subtask: Subtask, example: Example) -> tuple[str, str]:
-    prompt = subtask.prompt(example)
-    return prompt.subtitles_before + prompt.subtitles + prompt.text, subtask.target(example, 0, Random(0)).text
 
 
 def trained_text(template: str, file: Path, name: str) -> tuple[str, list[str]]:

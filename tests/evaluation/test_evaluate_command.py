@@ -1,7 +1,5 @@
 """A run's test and `dora-vl evaluate`: any batch size and number of processes give the same score."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

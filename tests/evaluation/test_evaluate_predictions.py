@@ -1,7 +1,5 @@
 """`dora-vl evaluate --predictions`: which answers a file holds and to what, their score, what metrics.json says."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -127,9 +125,7 @@ NAMES: list[dict[str, Any]] = [{"text": "red", "weight": 0.3}, {"text": "crimson
         ),
     ],
 )
-def test_any_right_answer_counts_and_a_bad_one_is_none(
-    rows: list[dict[str, Any]], answer: str, expected: tuple[int, float, list[str]], tmp_path: Path
-) -> None:
+def test_any_right_answer_counts_and_a_bad_one_is_none(rows, answer, expected, tmp_path) -> None:
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     answers = predictions_file(tmp_path / "p.jsonl", {f"row {number + 1}": answer for number in range(len(rows))})
     words = ["--benchmarks", f"exact_match={tmp_path}/test.jsonl", "--predictions", answers, "--to", tmp_path / "to"]

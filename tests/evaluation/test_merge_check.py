@@ -1,7 +1,5 @@
 """`--check` of merge and export: what was written answers as the unmerged model, or what differs is shown."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator
@@ -33,12 +31,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     peft_adapter(write_model("llava", folder / "base"), folder / "adapter", use_dora=True)
     write_tiny_data(folder / "data", samples=10)
     return folder
-
-
-@pytest.fixture(scope="module")
-def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    return adapter_on(spread(write_tiny_llava(folder / "base", width=64)), folder / "adapter")
 
 
 def checked(*words: object) -> dict[str, Any]:
@@ -160,7 +152,8 @@ def test_captions_and_choices_about_videos(vlbart: Path, root: Path, tmp_path: P
     assert 0 < choices["largest_logit_difference"] < 1e-3
 
 
-def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -> None:
+def test_for_vllm(folders: Path, tmp_path: Path, capsys: Any) -> None:
+    projected = adapter_on(spread(write_tiny_llava(tmp_path / "base", width=64)), tmp_path / "adapter")
     target = tmp_path / "served"
     result = checked(
         *("export", "--adapter", projected, "--to", target, "--for", "vllm", *asking(folders)), "--check", 4

@@ -1,7 +1,5 @@
 """Asking question by question: each gets its own answer, failures are named, a stopped run goes on in its file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

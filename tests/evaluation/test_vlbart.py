@@ -1,7 +1,5 @@
 """VL-BART's tasks: texts, targets and features; its test tells what it lacks early, and NaN costs one answer."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections import Counter

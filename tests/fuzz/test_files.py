@@ -6,8 +6,6 @@ Each case damages one file in one to three ways, drawn by the case's number, and
 `FUZZ_ONLY` runs one case again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Losses of tokens in chunks, of preferences and of rewards against their equations, written out number by number."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable

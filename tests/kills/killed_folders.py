@@ -4,8 +4,6 @@ Each is forked from this process and killed at, or a little after, a file operat
 written here; its files are its own. `stored` fills a store of frozen outputs or features.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@ trains. Each is a whole run: pipeline, process group, files. File operations are
 called before each is done; what libraries write in C++ and Rust in between is met by kills that come a little later.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -63,13 +61,12 @@ class Case(NamedTuple):
     ranks: int
 
 
-def is_possible(kind: str, engine: str) -> bool:
-    """Answers are not drawn from weights in shards."""
-    return (kind, engine) != ("rewards", "zero3")
-
-
 CASES = [
-    Case(kind, engine, ranks) for engine in ENGINES for ranks in RANKS for kind in KINDS if is_possible(kind, engine)
+    Case(kind, engine, ranks)
+    for engine in ENGINES
+    for ranks in RANKS
+    for kind in KINDS
+    if (kind, engine) != ("rewards", "zero3")  # answers are not drawn from weights in shards
 ]
 OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     "pairs": {"loss": {"dpo": 0.8, "bco": 0.2, "sft": 1.0}, "beta": 0.5},

@@ -3,8 +3,6 @@
 On other ranks or another engine a run resumes to rounding. KILLS=100 python -m pytest -m slow tests/kills
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

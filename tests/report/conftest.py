@@ -1,7 +1,5 @@
 """Runs to report on, trained once: two of a tiny LLaVA with validation and a test, one of a tiny VL-BART."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

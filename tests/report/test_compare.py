@@ -1,7 +1,5 @@
 """A comparison: which runs it takes, the rate it chooses, its table; intervals over seeds and units together."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,9 +169,7 @@ def test_a_recipes_own_strategy_stays(tmp_path: Path, monkeypatch: pytest.Monkey
     ("words", "data"),
     [(("--methods", "dora,lera"), {}), (("--ranks", "0"), {}), (("--rates", ","), {}), ((), {"validation_size": 0})],
 )
-def test_what_cannot_be_compared_is_refused_before_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], data: dict[str, Any]
-) -> None:
+def test_what_cannot_be_compared_is_refused_before_a_run(tmp_path, monkeypatch, words, data) -> None:
     trainings = Trainings(monkeypatch)
     with pytest.raises(SystemExit, match="2"):
         main(["compare", str(recipe(tmp_path, **data)), "--to", str(tmp_path / "out"), *words])

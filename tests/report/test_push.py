@@ -1,7 +1,5 @@
 """`dora-vl push`: what is written, what the hub gets by its own client, and what a refusal says; against a stand-in."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

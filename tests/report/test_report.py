@@ -1,7 +1,5 @@
 """The page of runs: every part is there or says why not, charts show the numbers, and foreign text stays text."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

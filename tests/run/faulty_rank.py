@@ -1,7 +1,5 @@
 """A run one of whose ranks goes wrong in the middle of its third step: `faulty_rank.py HOW --config ...`."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

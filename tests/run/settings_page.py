@@ -1,7 +1,5 @@
 """Writes `docs/settings.md` from the dataclasses of a run: `python -m tests.run.settings_page`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

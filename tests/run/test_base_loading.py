@@ -1,7 +1,5 @@
 """A run's base is made and loaded as its settings say, with no code of the hub; its videos show the frames meant."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -174,9 +172,7 @@ OPENED: Mapping[str, Callable[[str], object]] = {
 @pytest.mark.parametrize(
     ("opened", "stated"), [*(("base", stated) for stated in STATED), *((opened, "own") for opened in OPENED)]
 )
-def test_a_base_that_names_a_kernel_of_the_hub_is_refused(
-    base: Path, tmp_path: Path, stated: str, opened: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_names_a_kernel_of_the_hub_is_refused(base, tmp_path, stated, opened, monkeypatch) -> None:
     monkeypatch.setattr("dora_vl.backbones.loading.load_tokenizer", lambda *words, **named: None)
     folder = state(base, STATED[stated], tmp_path / "evil")
     with pytest.raises(UserError, match=EVIL):

@@ -1,7 +1,5 @@
 """A launch one of whose ranks dies, raises or hangs ends in the seconds of docs/starting.md; OpenMP's threads wait."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -59,9 +57,7 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out 
         (RuntimeError("a bug"), "1", RuntimeError, 0),
     ],
 )
-def test_the_rank_that_knows_most_speaks_first(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, rank: str, kind: type[Exception], waits: int
-) -> None:
+def test_the_rank_that_knows_most_speaks_first(monkeypatch, error, rank, kind, waits) -> None:
     waited: list[float] = []
     monkeypatch.setattr(run_launch.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", rank)

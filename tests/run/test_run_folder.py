@@ -1,7 +1,5 @@
 """Who may start in a run's folder, what a resume compares there, and what a full disk leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import fcntl
@@ -56,9 +54,7 @@ def settings(folder: Path, *more: str, resume: str) -> RunConfig:
     ("tested", "finished"),
     [({}, False), ({"sets": {"a": {}}, "not_yet_tested": ["b"]}, False), ({"sets": {"a": {}, "b": {}}}, True)],
 )
-def test_a_run_is_finished_once_every_set_is_tested_and_trained_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tested: dict[str, object], finished: bool
-) -> None:
+def test_a_run_is_finished_once_every_set_is_tested_and_trained_before(tmp_path, monkeypatch, tested, finished) -> None:
     config = settings(folder := left(tmp_path / "run", "adapter/a"), "--evaluation.file=t.json", resume="if_stopped")
     write_settings(folder, config)
     write_json(folder / "metrics.json", {"train_steps": 6, "forgetting": {}, **tested})
@@ -150,9 +146,7 @@ def test_a_killed_writer_keeps_nobody_out_though_its_worker_lives(tmp_path: Path
     os.kill(worker, signal.SIGKILL)
 
 
-def test_a_file_system_without_locks_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, "no locks")
 
@@ -244,9 +238,7 @@ ADAFACTOR, DROPS = {"optim": "adafactor"}, {"dataloader_drop_last": True}
         *((shaped(4, 1, **how), LAUNCH, shaped(4, 2, **how), Launch(1, None), False) for how in (ADAFACTOR, DROPS)),
     ],
 )
-def test_processes_with_the_same_step_go_on(
-    checkpoint: Path, then: dict[str, object], wrote: Launch, now: dict[str, object], launch: Launch, fits: bool
-) -> None:
+def test_processes_with_the_same_step_go_on(checkpoint, then, wrote, now, launch, fits) -> None:
     write_manifest(checkpoint, then, wrote)
     with nullcontext() if fits else pytest.raises(UserError):
         check_manifest(checkpoint, now, launch)

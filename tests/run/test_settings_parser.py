@@ -1,7 +1,5 @@
 """Settings: what wins, which key an error is about, DeepSpeed's JSON, the page of all, the adapter section."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

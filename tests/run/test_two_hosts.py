@@ -1,7 +1,5 @@
 """Two hosts made of network namespaces, a rank of ZeRO-3 on each: a lost link ends both, and the run resumes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

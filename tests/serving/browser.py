@@ -1,7 +1,5 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright, and what a person does on it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

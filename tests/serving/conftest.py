@@ -1,7 +1,5 @@
 """A tiny model with four adapters, which most tests of the engine, the server and the page ask; a server over it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

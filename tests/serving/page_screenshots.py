@@ -1,7 +1,5 @@
 """The pictures of docs/serving.md: python -m tests.serving.page_screenshots --to docs/images, after `make demo`."""
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Who may come in, and how slowly; a request's JSON and what it shows; the page gives and reads no file of the disk."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import base64
@@ -292,9 +290,7 @@ def stored(uploads: Path) -> list[Path]:
     return [path for path in uploads.rglob("*") if path.is_file() and not path.is_symlink()]
 
 
-def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(
-    app: Any, client: TestClient, uploads: Path, not_uploaded: str
-) -> None:
+def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(app, client, uploads, not_uploaded) -> None:
     functions = app.state.page.blocks.fns
     assert len(functions) > 8
     for number, function in functions.items():

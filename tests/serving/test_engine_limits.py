@@ -1,11 +1,8 @@
 """What an engine does when too much comes, when it takes too long, when a row breaks and when nobody listens."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,12 +39,6 @@ class Gate:
         assert reached.wait(60)
 
 
-@pytest.fixture
-def engine(model: ServedModel) -> Iterator[Engine]:
-    with Engine(model, ServerSettings(batch=4, waiting=3, answer_seconds=60.0)) as engine:
-        yield engine
-
-
 def handed_in(engine: Engine, name: str = "one", *, tokens: int = 3) -> tuple[Any, queue.SimpleQueue[Any]]:
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     prepared = engine.prepare(name, QUESTION, Sampling(max_new_tokens=tokens))
@@ -58,17 +49,18 @@ def finished(*requests: tuple[Any, queue.SimpleQueue[Any]]) -> bool:
     return all(isinstance(last(events), Finished) for _, events in requests)
 
 
-def test_more_than_may_wait_are_refused_and_later_ones_join_together(engine: Engine, monkeypatch: Any) -> None:
-    gate = Gate(engine, monkeypatch)
-    later = [handed_in(engine) for _ in range(3)]
-    with pytest.raises(TooManyRequests):
-        handed_in(engine)
-    later[0][0].cancel()
-    later.append(handed_in(engine))  # in the place of the one that nobody waits for
-    gate.opened.set()
-    assert isinstance(last(later[0][1]), Failed)
-    assert finished(gate.first, *later[1:])
-    assert gate.sizes == [1, 3]
+def test_more_than_may_wait_are_refused_and_later_ones_join_together(model: ServedModel, monkeypatch: Any) -> None:
+    with Engine(model, ServerSettings(batch=4, waiting=3, answer_seconds=60.0)) as engine:
+        gate = Gate(engine, monkeypatch)
+        later = [handed_in(engine) for _ in range(3)]
+        with pytest.raises(TooManyRequests):
+            handed_in(engine)
+        later[0][0].cancel()
+        later.append(handed_in(engine))  # in the place of the one that nobody waits for
+        gate.opened.set()
+        assert isinstance(last(later[0][1]), Failed)
+        assert finished(gate.first, *later[1:])
+        assert gate.sizes == [1, 3]
 
 
 @pytest.mark.parametrize("joining", [True, False])  # those that come to a batch, and a batch of its own

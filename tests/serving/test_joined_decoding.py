@@ -1,7 +1,5 @@
 """Requests that join others at the next token, each answered as alone; and a row's text as its tokens come."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time
@@ -196,9 +194,7 @@ def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(language: Path) 
 @pytest.mark.parametrize(
     ("joins", "drawn"), [(True, {"temperature": 1.5, "seed": 7}), (False, {"temperature": 1.5, "seed": 7}), (False, {})]
 )  # in a batch that others may join, and in one of generate's own
-def test_a_row_whose_scores_are_no_numbers_fails_alone(
-    joins: bool, drawn: dict[str, Any], language: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_row_whose_scores_are_no_numbers_fails_alone(joins, drawn, language, tmp_path, monkeypatch) -> None:
     adapter = {"huge": {"targets": ("*.down_proj",), "rank": 2, "alpha": 5.0}}
     model = endless(language, write_adapters(language, tmp_path, adapter))
     if not joins:

@@ -1,7 +1,5 @@
 """The page as a person meets it, in a headless browser over tiny models: every answer is the model's own."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
@@ -112,9 +110,7 @@ def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str
 
 
 @pytest.mark.slow
-def test_two_pictures_and_a_video_with_the_times_of_its_frames(
-    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], uploads: Path
-) -> None:
+def test_two_pictures_and_a_video_with_the_times_of_its_frames(visitor, opened, pictures, uploads) -> None:
     visitor.show(pictures["wide"], pictures["red"])
     visitor.see(2)
     check(
@@ -224,9 +220,7 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(red: Visitor, pictures: 
 
 
 @pytest.mark.slow
-def test_two_answers_in_one_batch_and_a_new_talk(
-    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: Any
-) -> None:
+def test_two_answers_in_one_batch_and_a_new_talk(visitor, opened, pictures, monkeypatch) -> None:
     batches = batches_of(opened[1], monkeypatch)
     visitor.show(pictures["wide"])
     visitor.see(1)
@@ -261,9 +255,7 @@ def long_answers(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any)
 
 
 @pytest.mark.slow
-def test_a_question_waits_for_the_picture_that_was_chosen(
-    chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_question_waits_for_the_picture_that_was_chosen(chromium, opened, pictures, monkeypatch) -> None:
     """On a slow machine, of a slow server: what was shown before stays until it has read the new picture."""
     look = SideBySide.look
     monkeypatch.setattr(SideBySide, "look", lambda *args: (time.sleep(1), look(*args))[1])

@@ -1,7 +1,5 @@
 """What the clicks of the page's door Train write and keep, without a browser; `test_page.py` drives the whole of it."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -61,9 +59,7 @@ def drop(door: Any, person: str, files: Mapping[str, str], folder: str) -> dict[
 
 
 @pytest.mark.parametrize(("epochs", "shown"), [(0.5, 1), (3.0, 3), (400, 40)])
-def test_epochs_that_the_slider_lacks_are_shown_as_near_as_can_be_and_stay(
-    door: Any, epochs: float, shown: int
-) -> None:
+def test_epochs_that_the_slider_lacks_are_shown_as_near_as_can_be_and_stay(door, epochs, shown) -> None:
     write_run(epochs)
     assert door.opened("")[door.epochs]["value"] == shown
     door.begin(str(RUN), 16, shown, "")

@@ -1,7 +1,5 @@
 """Mixed batches of other families: a projector for each picture, adapted towers, language models, PEFT's."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`dora-vl serve`: OpenAI's own client against the server, refusals before a weight is read, and its whole life."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import contextlib
@@ -72,10 +70,6 @@ def shows(*parts: Any, text: str = "What is it?") -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def url_part(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
 def text_of(client: Any, **request: Any) -> str:
     request = {"model": "one", "messages": words("What colour is it?"), "max_tokens": TOKENS, **request}
     return client.chat.completions.create(**request).choices[0].message.content
@@ -117,9 +111,7 @@ BRIEF, ASKED = "Be brief. Look at its edges.", "What colour is it?"
         (shows(picture_part(RED), text=f"{ASKED} "), [Turn("user", f"<image>\n{ASKED}")], (RED,)),  # as in training
     ],
 )
-def test_a_conversation(
-    client: Any, base: Path, folders: dict[str, Path], messages: Any, turns: list[Turn], pictures: Any
-) -> None:
+def test_a_conversation(client, base, folders, messages, turns, pictures) -> None:
     answer = expected(base, folders, "two", turns, PromptMedia(pictures=pictures))
     assert text_of(client, model="two", messages=messages) == answer
 
@@ -148,9 +140,7 @@ def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Pa
     assert text_of(client, messages=shows(part, text="What moves?")) == answer
 
 
-def test_20_requests_in_flight_answer_as_each_adapter_alone(
-    client: Any, base: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_20_requests_in_flight_answer_as_each_adapter_alone(client, base, folders, monkeypatch) -> None:
     monkeypatch.setattr(media, "PATIENT_SECONDS", 60.0)  # a busy machine takes long to start a process
     questions = [ASKED, "Say the colour.", "It is red green blue. Say it.", "What is it?" + " What is it?" * 4]
     requests = [(NAMES[number % 5], questions[number % 4], (RED, WIDE)[: number % 3]) for number in range(20)]
@@ -189,7 +179,7 @@ PICTURE = "messages[0].content[0].image_url"
             for large in (words("x" * 400_000), shows(*[picture_part(RED)] * 3), shows(picture_part(LARGE)))
         ),
         *(
-            ({"messages": shows(url_part(url))}, (400, None, PICTURE))
+            ({"messages": shows({"type": "image_url", "image_url": {"url": url}})}, (400, None, PICTURE))
             for url in (data_url(RED)[:-60], "data:,abc", "http://example.com/a.png", "file:///etc/passwd")
         ),
         ({"messages": words("<image> a")}, (400, None, "messages[0].content[0].text")),
@@ -274,9 +264,7 @@ def test_an_answer_that_takes_too_long(model: ServedModel, endless: None) -> Non
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_nothing_more_is_decoded_for_a_client_that_has_gone_or_waited_too_long(
-    model: ServedModel, monkeypatch: Any, is_there: bool
-) -> None:
+def test_nothing_more_is_decoded_for_a_client_that_has_gone_or_waited_too_long(model, monkeypatch, is_there) -> None:
     """The time of an answer begins when its request comes; pictures here take longer than all of it."""
     pictures, prepared, ended = list[str](), list[object](), threading.Event()
     picture, prepare = Reading.picture, Server._prepared

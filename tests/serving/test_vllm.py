@@ -3,8 +3,6 @@
 vLLM wants an environment of its own: `VLLM_PYTHON` names its interpreter, where dora_vl is installed too.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

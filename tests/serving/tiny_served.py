@@ -1,7 +1,5 @@
 """Tiny models with adapters away from where adapters start, their answers alone, and a server over them."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import io

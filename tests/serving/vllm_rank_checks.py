@@ -3,8 +3,6 @@
 python vllm_rank_checks.py FULLY_SHARDED, with RANK in the environment.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

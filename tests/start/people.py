@@ -1,7 +1,5 @@
 """A person's folder as people have it, with mistakes in it; signs of a colour, a shape and dots, with questions."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """`dora-vl init`: it says what is in a folder, parts it without a leak, and what it writes is checked and trains."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -73,9 +71,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_table_with_headings_of_its_own_is_refused_with_the_options_that_settle_it(
-    tmp_path: Path, base: Path, capsys: Any
-) -> None:
+def test_a_table_with_headings_of_its_own_is_refused_with_the_options_that_settle_it(tmp_path, base, capsys) -> None:
     rows = write_folder(tmp_path / "my", count=24)
     path = tmp_path / "my" / "answers.csv"
     write_table(path, rows)
@@ -99,9 +95,7 @@ def test_the_only_column_of_pictures_is_taken_whatever_its_name(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("folder", ["scans/", "/home/ada/scans/", "C:\\Ada\\scans\\"])
-def test_names_in_folders_that_are_not_there_lead_to_the_files(
-    folder: str, tmp_path: Path, base: Path, capsys: Any
-) -> None:
+def test_names_in_folders_that_are_not_there_lead_to_the_files(folder, tmp_path, base, capsys) -> None:
     rows = write_folder(tmp_path / "my", count=24)
     named = [[folder + row[0], *row[1:]] for row in rows]
     path = write_table(tmp_path / "my" / "answers.csv", named)
@@ -263,9 +257,7 @@ def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: flo
         (False, True, "dpo", (5e-5, 2e-5)),
     ],
 )
-def test_preferences_alone_are_for_a_base_that_answers(
-    is_new: bool, base_answers: bool, loss: object, rates: tuple[float, float]
-) -> None:
+def test_preferences_alone_are_for_a_base_that_answers(is_new, base_answers, loss, rates) -> None:
     base = Base(name="b", is_llava=True, is_new=is_new)
     data = replace(data_of("my"), loss="dpo", base_answers=base_answers)
     settings = yaml.safe_load(run_file_text(base, data, output_dir="my", shards=False, commands=["run"]))
@@ -273,9 +265,7 @@ def test_preferences_alone_are_for_a_base_that_answers(
     assert (settings["training"]["learning_rate"], settings["optim"]["projector_learning_rate"]) == rates
 
 
-def test_a_base_that_answers_gets_preferences_alone(
-    tmp_path: Path, base: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_answers_gets_preferences_alone(tmp_path, base, capsys, monkeypatch) -> None:
     def right(_: object, examples: Sequence[Example], *__: object) -> Iterator[list[Prediction]]:
         yield [prediction(example, example.answers[0].text) for example in examples]
 
@@ -318,9 +308,7 @@ def test_a_size_is_in_a_hub_id_s_name_and_in_a_folder_s_headers(base: Path) -> N
         ({}, ["sound", "--to=-run"]),
     ],
 )
-def test_what_cannot_be_is_refused_and_leaves_nothing(
-    tmp_path: Path, base: Path, tables: dict[str, str], words: list[str]
-) -> None:
+def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path, base, tables, words) -> None:
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "a.png").write_bytes(picture(0))
     for name, text in tables.items():
@@ -360,9 +348,7 @@ def test_a_llava_takes_the_frames_of_videos(tmp_path: Path, base: Path, capsys: 
 
 
 @pytest.mark.parametrize("judged", [False, True])
-def test_preferences_keep_every_answer_and_get_their_loss(
-    tmp_path: Path, base: Path, judged: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_preferences_keep_every_answer_and_get_their_loss(tmp_path, base, judged, capsys) -> None:
     folder, samples = tmp_path / "my", items(16)
     folder.mkdir()
     write_pictures(folder, samples)

@@ -6,8 +6,6 @@ AI4Math/MathVista, derek-thomas/ScienceQA, nlphuji/flickr30k, lmms-lab/DocVQA, H
 openbmb/RLAIF-V-Dataset, openbmb/RLHF-V-Dataset, facebook/winoground, lmms-lab/VQAv2) and of COCO's and VQA's own files.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
@@ -54,10 +52,6 @@ def answer(number: int) -> str:
 def origin(number: int) -> dict[str, Any]:
     about = json.dumps({"model": "llava", "type": "question_answering"})
     return {"origin_dataset": "coco", "origin_split": about, "idx": f"{number}", "image_path": f"{number}.png"}
-
-
-def vqa_answers(text: str) -> list[dict[str, Any]]:
-    return [{"answer": text, "answer_confidence": "yes", "answer_id": number} for number in (1, 2, 3)]
 
 
 def finevision(number: int) -> dict[str, Any]:
@@ -116,7 +110,8 @@ SETS: Mapping[str, Any] = {
         "collapsed_tag": "Object",
     },
     "VQAv2": lambda number: {
-        **{"question_type": "what is", "multiple_choice_answer": answer(number), "answers": vqa_answers("grey")},
+        **{"question_type": "what is", "multiple_choice_answer": answer(number)},
+        "answers": [{"answer": "grey", "answer_confidence": "yes", "answer_id": number} for number in (1, 2, 3)],
         **{"image_id": number, "answer_type": "other", "question_id": number, "question": question(number)},
         "image": image(number),
     },
@@ -157,9 +152,7 @@ def run(module: Any, *words: object) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [*SETS, "COCO captions"])
-def test_a_public_set_is_read_with_what_is_printed(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_public_set_is_read_with_what_is_printed(tmp_path, base, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / ".cache"))
     folder = Path("my")

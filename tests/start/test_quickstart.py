@@ -1,7 +1,5 @@
 """The demos step by step, what is drawn for one that names things, and `dora-vl doctor`."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """docs/your_pictures.md and docs/your_videos.md: their code and commands run as they stand, on tiny bases."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Fixtures: the tiny model and data, made once a session."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Questions of everyday knowledge in LLM-Adapters' form: which of four things is the largest?"""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

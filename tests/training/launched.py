@@ -1,7 +1,5 @@
 """Runs as a person starts them on several ranks: under a launcher, in processes of their own, without a GPU."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

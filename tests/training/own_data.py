@@ -1,7 +1,5 @@
 """The same little pictures and questions as people write them: a file for each format and container."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -3,8 +3,6 @@
 A test runs it all; as a program it writes the stand-ins alone, of which `make fresh-install` takes one step.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -3,8 +3,6 @@
 As a program: RECORDS=FOLDER python tests/training/recorded_run.py --config FILE
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -3,8 +3,6 @@
 TRL is no dependency of this project; without it nothing here runs.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from dataclasses import replace

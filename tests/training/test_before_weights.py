@@ -1,7 +1,5 @@
 """How a run is started, and what ends it before its weights are read."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Runs that learn from better answers, chosen, under another picture or drawn and rewarded; and what is refused."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from dataclasses import replace

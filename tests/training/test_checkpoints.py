@@ -1,7 +1,5 @@
 """A checkpoint comes back as it was written: bitwise in the shape that wrote it, sample for sample in any other."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections import Counter

@@ -1,7 +1,5 @@
 """Tasks answered from a closed list: the list, the loss, the head in the adapter folder, resume, merge and refusals."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

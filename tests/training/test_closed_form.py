@@ -1,7 +1,5 @@
 """A projector's start and the probe against what is written out: normal equations, each row left out, a real LLaVA."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The commonsense task from start to scores; the published 7B recipes, from tokenizer.model to a merged folder."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Every family through the scripts, by every method, alone and on two ranks: trained, resumed, merged, asked."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -189,12 +187,8 @@ def test_a_language_model_trains_resumes_opens_merges_and_answers(tmp_path, monk
     check_adapter(base, adapter, inputs, tmp_path / "merged")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_data(tmp_path_factory.mktemp("any-model"), samples=24, text_only_blocks=4)
-
-
-def test_evaluate_gives_the_answers_of_the_run_s_own_test(data: Path, tmp_path: Path) -> None:
+def test_evaluate_gives_the_answers_of_the_run_s_own_test(tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path / "data", samples=24, text_only_blocks=4)
     evaluation = {"file": str(data), "batch_size": 5, "max_new_tokens": 4, "forgetting": False}
     base, training = write_tiny("qwen2_5_vl", tmp_path / "base"), {"use_cpu": True, "max_steps": 4}
     run(decoder_run(write_run(tmp_path / "run.yaml", base, data, training=training, evaluation=evaluation)))

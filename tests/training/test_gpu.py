@@ -1,7 +1,5 @@
 """The same paths on CUDA: bfloat16 base, adapters in float32, each ZeRO stage, what it saves and goes on from."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

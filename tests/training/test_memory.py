@@ -1,7 +1,5 @@
 """What a step holds: estimated by arithmetic, the largest micro-batch tried first, and pictures shrunk to a share."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Bases of videos, of conversations with thoughts and tools, and quantised ones: trained, resumed, or refused."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What trains, from where and at which rate: an adapter to start from, groups, normalisation, and the tables."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -147,16 +145,11 @@ def test_frozen_tensors_of_a_folder_must_be_the_bases(tmp_path: Path) -> None:
         adapt(model(), without, initial=str(tmp_path / "adapter"))
 
 
-def in_parts() -> nn.Module:
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4), nn.LayerNorm(4))
-    parts = {"vision": AdaptedPart(targets=("1",), rank=3), "other": AdaptedPart(targets=("2",))}
-    apply_dora(model, DoRAConfig(targets=("0",), rank=2, parts=parts, also_train={"projector": ("3.*", "0.bias")}))
-    return model
-
-
 def test_each_part_has_its_rate_only_matrices_decay_and_each_parameter_has_one_group() -> None:
     """The more exact name of a rate counts, and magnitudes do not follow B's ratio."""
-    model = in_parts()
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4), nn.LayerNorm(4))
+    sections = {"vision": AdaptedPart(targets=("1",), rank=3), "other": AdaptedPart(targets=("2",))}
+    apply_dora(model, DoRAConfig(targets=("0",), rank=2, parts=sections, also_train={"projector": ("3.*", "0.bias")}))
     rates = {"vision": 1e-5, "vision.magnitude": 7e-5, "magnitude": 5e-4}
     optim = OptimConfig(rates=rates, projector_learning_rate=2e-5, b_learning_rate_ratio=4.0)
     parts = trained_parts(model)

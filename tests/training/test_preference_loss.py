@@ -1,7 +1,5 @@
 """Preferences and rewards on pictures: losses against written-out ones, trees like plain rows, and the reference."""
 
-from __future__ import annotations
-
 import copy
 import os
 import socket

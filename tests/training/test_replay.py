@@ -1,7 +1,5 @@
 """Chats that a base writes itself: what is kept of them, how many an epoch draws, and that a run resumes with them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One run in this process: what it leaves, that it repeats and goes on; what ends it, saved and named; refusals."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """`dora-vl show batch`: the batch is the one that training sees, its colours are the labels', bad input is one line."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -25,13 +23,6 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     base, records = write_tiny_llava(folder / "base"), write_tiny_data(folder / "data")
     return write_run(folder / "run.yaml", base, records, training={"use_cpu": True})
-
-
-@pytest.fixture(scope="module")
-def bart_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bart")
-    data = write_vlbart_data(folder / "data")
-    return write_vlbart_run(folder / "run.yaml", data, ("vqav2", "tvqa"), training={"use_cpu": True})
 
 
 def seen_first(monkeypatch: pytest.MonkeyPatch, pipeline: Any) -> dict[str, Any]:
@@ -83,7 +74,9 @@ def test_it_is_the_batch_that_training_sees(run_file, tmp_path, monkeypatch, gro
         assert [(piece.text, piece.count) for piece in line if piece.kind == "picture-place"] == [("<image>", 4)]
 
 
-def test_a_vlbarts_batch(bart_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vlbarts_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_vlbart_data(tmp_path / "data")
+    bart_file = write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2", "tvqa"), training={"use_cpu": True})
     config = read_run([f"--config={bart_file}", "--training.max_steps=1"])
     expected = seen_first(monkeypatch, VlBartPipeline(config))
     view = first_batch(VlBartPipeline(shown_settings(config, tmp_path / "none")))

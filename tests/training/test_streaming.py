@@ -1,7 +1,5 @@
 """Runs that read their samples as they come: the same losses however they are read, and resumed at the exact sample."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Two ranks under a launcher on a CPU train what one rank with the same global batch trains; and what ZeRO casts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

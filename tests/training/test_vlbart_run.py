@@ -1,10 +1,9 @@
 """VL-BART: a mixture of all tasks, alone and on two ranks whatever DeepSpeed splits, and what bad samples change."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -202,10 +201,6 @@ def in_this_process(config: Path, *overrides: str) -> None:
     assert run(vlbart_run(config, *overrides)) is None
 
 
-def with_two_ranks(config: Path, *overrides: str) -> None:
-    launched(config, *overrides, ranks=2)
-
-
 @pytest.fixture(scope="module")
 def expected(run_files: tuple[Path, Path]) -> Path:
     folder = run_files[1].parent / "expected"
@@ -215,7 +210,7 @@ def expected(run_files: tuple[Path, Path]) -> Path:
 
 @pytest.mark.parametrize(
     ("train", "accumulation"),
-    [(in_this_process, 1), (in_this_process, 5), pytest.param(with_two_ranks, 3, marks=pytest.mark.slow)],
+    [(in_this_process, 1), (in_this_process, 5), pytest.param(partial(launched, ranks=2), 3, marks=pytest.mark.slow)],
     ids=["at once", "accumulated", "two ranks"],
 )
 def test_losses_and_weights_are_those_of_the_usable_samples(run_files, expected, train, accumulation) -> None:

@@ -3,8 +3,6 @@
 `VLLM_PYTHON` names the interpreter of vLLM's environment, where dora_vl is installed too (docs/export.md).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -149,9 +147,7 @@ def stated(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.shutdown()
 
 
-def test_a_server_that_does_not_fit_is_refused_before_training(
-    stated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_does_not_fit_is_refused_before_training(stated, tmp_path, monkeypatch) -> None:
     tiny = write_tiny_llava(tmp_path / "base")
     monkeypatch.setattr(Answer, "root", "another/base")
     assert refused_key(run_file(tmp_path, tiny, stated)) == "objective.vllm"
@@ -188,9 +184,7 @@ class Unwell(BaseHTTPRequestHandler):
         ([(200, '{"data": []}')], 1, False),
     ],
 )
-def test_what_may_pass_is_tried_again_and_what_is_no_answer_is_named(
-    answers: list[tuple[int, str]], tried: int, is_read: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_may_pass_is_tried_again_and_what_is_no_answer_is_named(answers, tried, is_read, monkeypatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(vllm_rollouts.time, "sleep", waits.append)
     monkeypatch.setattr(Unwell, "answers", [*answers])

@@ -1,7 +1,5 @@
 """What a run tells of itself: a bar, fixed questions whose answers change, validation, and sums that go on."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

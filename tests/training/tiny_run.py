@@ -1,7 +1,5 @@
 """A tiny random LLaVA folder, tiny data, and a run's settings over both."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

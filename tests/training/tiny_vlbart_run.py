@@ -3,8 +3,6 @@
 Run as a program it trains those settings: python tests/training/tiny_vlbart_run.py --config FILE
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +105,7 @@ def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **change
     return path
 
 
-def vlbart_run(run_file: Path, *overrides: str) -> VlBartPipeline:
+def vlbart_run(run_file: Path, *overrides: str) -> "VlBartPipeline":
     """The run of these settings in this process."""
     from dora_vl.run.settings_parser import read_run
     from dora_vl.training.vlbart_pipeline import VlBartPipeline

@@ -1,7 +1,5 @@
 """Generated clips, pictures and words as a training file, mixed in every way."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What every tiny family shares: its row in `families.yaml`, and how config and processor are made of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

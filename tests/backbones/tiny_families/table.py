@@ -1,7 +1,5 @@
 """Every family that has a tiny model, and language models without eyes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ Run by test_compiled.py.
 `aot_eager` traces and differentiates as the default compiler does, without its C++ build; one test pays for that.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

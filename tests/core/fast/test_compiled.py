@@ -1,7 +1,5 @@
 """Triton kernels and `torch.compile`, checked in processes of their own; dropout by drawn positions."""
 
-from __future__ import annotations
-
 import gc
 import os
 import subprocess

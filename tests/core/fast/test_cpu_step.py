@@ -1,7 +1,5 @@
 """The compiled passes equal `functional.py`'s, and stand aside where they do not know the case."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from pathlib import Path

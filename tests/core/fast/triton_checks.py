@@ -3,8 +3,6 @@
 Run by test_compiled.py in a process of its own: Triton decides when it is imported whether it interprets.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 from contextlib import nullcontext
@@ -51,11 +49,6 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "", 
     assert error <= times * TOLERANCE[dtype], (what, dtype, error)
 
 
-def gain_of(out: int, dtype: torch.dtype) -> Gain:
-    full = torch.linspace(0.5, 1.6, out)
-    return Gain(full, torch.linspace(0.3, 2.0, out), dtype)
-
-
 class Operands(NamedTuple):
     """Those of `output`, and of `gradients` but its dy, which is `product` here."""
 
@@ -68,22 +61,17 @@ class Operands(NamedTuple):
     scale: float = SCALE
 
     @classmethod
-    def drawn(cls, rows: int, out: int, rank: int, dtype: torch.dtype = torch.float32, bias: bool = True) -> Operands:
+    def drawn(cls, rows: int, out: int, rank: int, dtype: torch.dtype = torch.float32, bias: bool = True) -> "Operands":
         shapes = (rows, out), (rows, 26), (rank, 26), (out, rank)
         product, x, a, b = (torch.randn(shape).to(dtype) for shape in shapes)
-        return cls(product, x, a / 5, b, torch.randn(out).to(dtype) if bias else None, gain_of(out, dtype))
+        gain = Gain(torch.linspace(0.5, 1.6, out), torch.linspace(0.3, 2.0, out), dtype)
+        return cls(product, x, a / 5, b, torch.randn(out).to(dtype) if bias else None, gain)
 
     def output(self) -> tuple[Tensor, Tensor]:
         return kernels.output(*self)
 
     def gradients(self, dy: Tensor) -> tuple[Tensor, ...]:
         return kernels.gradients(dy, self.product, self.b, self.bias, self.gain, self.scale)
-
-
-def reference_output(of: Operands, hidden: Tensor) -> Tensor:
-    bias = 0 if of.bias is None else of.bias.double()
-    wide = of.product.double() - bias + hidden.double() @ of.b.double().t()
-    return (1 + of.gain.minus_one.double()) * wide + bias
 
 
 def every_other(tensor: Tensor) -> Tensor:
@@ -113,11 +101,12 @@ def test_both_passes(shape, dtype, with_bias):
     assert torch.equal(of.product, before)
     assert (y.dtype, hidden.dtype) == (dtype, dtype)
     close(hidden, SCALE * of.x.double() @ of.a.double().t(), dtype, "h")
-    close(y, reference_output(of, hidden), dtype, "y")
+    frozen = of.product.double() - (0 if of.bias is None else of.bias.double())
+    wide = (1 + of.gain.minus_one.double()) * (frozen + hidden.double() @ of.b.double().t())
+    close(y, wide if of.bias is None else wide + of.bias.double(), dtype, "y")
     dz, dh, dm, db = of.gradients(dy)
     assert (dz.dtype, dh.dtype) == (dtype, dtype)
     close(dz, (1 + of.gain.minus_one.double()) * dy.double(), dtype, "dz")
-    frozen = of.product.double() - (0 if of.bias is None else of.bias.double())
     close(dm, (dy.double() * frozen).sum(0), torch.float32, "dm")
     close(db, dy.double().sum(0), torch.float32, "db")
     close(dh, SCALE * dz.double() @ of.b.double(), dtype, "dh")

@@ -4,8 +4,6 @@ Run by test_compiled.py in a process of its own, not in the interpreter. Triton 
 this needs no GPU; it says that the kernels compile and what they take, and nothing of results or times.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

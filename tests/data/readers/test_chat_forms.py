@@ -1,7 +1,5 @@
 """Rows with tools, thoughts and marks, as each form's owners write them: one conversation by every container."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

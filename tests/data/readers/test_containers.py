@@ -3,8 +3,6 @@
 A folder of pictures is a file of rows too: by a table and by a stream, without another reader.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import gzip
@@ -242,9 +240,7 @@ def test_cut_and_damaged_files_are_rows_or_one_line(tmp_path: Path, ending: str,
             read()
 
 
-def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(tmp_path, monkeypatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def load_dataset(path: str, **named: Any) -> Any:
@@ -309,9 +305,7 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("names", SPLITS)
-def test_a_folder_of_one_split_is_read_whole_and_one_of_several_is_refused(
-    tmp_path: Path, names: tuple[str, ...]
-) -> None:
+def test_a_folder_of_one_split_is_read_whole_and_one_of_several_is_refused(tmp_path, names) -> None:
     write(tmp_path, *names)
     assert ids(tmp_path / names[0]) == [names[0]]
     if SPLITS[names]:
@@ -384,9 +378,7 @@ def test_a_changed_text_is_read_again(tmp_path: Path) -> None:
     ("names", "order"),
     [(("2.png", "10.png", "0.png"), (2, 0, 1)), (("1.png", "png"), (1, 0)), (("b.png", "a.png"), (0, 1))],
 )
-def test_pictures_of_an_archive_come_by_their_numbers_and_its_text_is_a_caption(
-    tmp_path: Path, names: tuple[str, ...], order: tuple[int, ...]
-) -> None:
+def test_pictures_of_an_archive_come_by_their_numbers_and_its_text_is_a_caption(tmp_path, names, order) -> None:
     members = {f"a/x.{name}": name.encode() for name in names} | {"a/x.txt": b"A cat.", "a/y.txt": b"\xff"}
     rows = find_files(write_tar(tmp_path / "a.tar", members)).rows()
     assert next(rows) == {"__key__": "a/x", "txt": "A cat.", "images": [names[index].encode() for index in order]}

@@ -11,8 +11,6 @@ demos), ms-swift (Custom-dataset.md), TRL (dataset_formats.md); published sets h
 Each file of `files.jsonl`, written without looking at the reader, opens, stops, or has a bad first row, and says why.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import csv
@@ -257,9 +255,7 @@ def test_files_written_without_looking_at_the_reader(tmp_path: Path) -> None:
         ({"prompt": "q", "chosen": "[{'role': 'assistant', 'content': 'good'}]", "rejected": "bad"}, None, ()),
     ],
 )
-def test_a_cell_lists_replies_as_json(
-    tmp_path: Path, cells: dict[str, object], reply: str | None, rejected: tuple[str, ...]
-) -> None:
+def test_a_cell_lists_replies_as_json(tmp_path, cells, reply, rejected) -> None:
     as_csv(tmp_path / "a.csv", [cells])
     (row,) = find_files(tmp_path / "a.csv").rows()
     sample = RowReader("a.csv").read(row, 0)

@@ -1,7 +1,5 @@
 """Caption metrics agree with pycocoevalcap and with hand-worked counts; captions are grouped by clip."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Intervals: as wide as theory says, the same at every run, by whole units, paired; how often they hold the truth."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import NormalDist
 

@@ -1,7 +1,5 @@
 """Every benchmark's score on rows worked out by hand; files for servers and judges, read back by the official rule."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -70,9 +68,7 @@ def test_rows_score_as_worked_out(row: dict[str, Any], monkeypatch: pytest.Monke
         (vqa.vqa_score, [example("q", "yes")], {"q": "yes"}),  # one person
     ],
 )
-def test_what_cannot_be_scored_is_refused(
-    score: Callable[..., object], examples: list[Example], answers: dict[str, Any]
-) -> None:
+def test_what_cannot_be_scored_is_refused(score, examples, answers) -> None:
     with pytest.raises(UserError):
         score(examples, answers)
 
