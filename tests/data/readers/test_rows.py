@@ -25,7 +25,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dora_vl.data.check import DOUBTS, GREETING, FileCheck
@@ -440,6 +440,7 @@ FORMED = st.sampled_from([json.loads(line) for line in documented_rows()])
 
 
 @settings(max_examples=300)
+@example(values={"instruction": {}}, formed={"instruction": "What is it?", "output": "A cat.", "image": "a.png"})
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), VALUES, max_size=6), FORMED)
 def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dict[str, object]) -> None:
     longest = 0
