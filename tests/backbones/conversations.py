@@ -205,13 +205,17 @@ NASTY = [
 PICTURE = Image.new("RGB", (8, 8))
 
 
+def no_pixels(_: Image.Image) -> torch.Tensor:
+    """Its name lets an encoder be pickled."""
+    return torch.zeros(3, 8, 8)
+
+
 def piece_encoder(
     tokenizer: PreTrainedTokenizerBase, template: str | None = "vicuna_v1", max_tokens: int = 2048, each: int = 4
 ) -> Encoder:
     """A LLaVA's encoder, without a model; a picture is so many tokens."""
     image = int(tokenizer.convert_tokens_to_ids("<image>"))
-    blank = torch.zeros(3, 8, 8)
-    processor = PieceProcessor(tokenizer, pixels=lambda _: blank, tokens_per_image=each, image_token_id=image)
+    processor = PieceProcessor(tokenizer, pixels=no_pixels, tokens_per_image=each, image_token_id=image)
     return Encoder(processor, prompts_of(processor, "test", template, pictures=True), max_tokens=max_tokens)
 
 
