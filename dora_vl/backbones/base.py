@@ -38,9 +38,9 @@ class Features(NamedTuple):
     """The positions of a batch that predict a label, one after another, and what they predict.
 
     `targets` are the token ids one position later; `samples` says which sample of the batch each belongs to, so that a
-    loss can normalise per sample. Without labels there is one position per row, its last, and `targets` is -100 there.
-    `losses` are the labels' cross-entropy; `logits` are kept where they are asked for. A tuple, because DeepSpeed's
-    ZeRO-3 hooks look for tensors in tuples and not in other classes.
+    loss can normalise per sample. Without labels there is one position per sequence, its last, and `targets` is -100
+    there. `losses` are the labels' cross-entropy; `logits` are kept where they are asked for. A tuple, because
+    DeepSpeed's ZeRO-3 hooks look for tensors in tuples and not in other classes.
     """
 
     hidden: Float[Tensor, "labelled width"]

@@ -30,7 +30,7 @@ HeadPlace = Literal["open", "last", "inside"]
 PLACES: Mapping[HeadPlace, str] = {
     "open": "runs on the labelled positions alone",
     "last": "runs within the model's own forward, on the labelled positions alone",
-    "inside": "runs within the model's own forward, which changes its scores",
+    "inside": "runs within the model's own forward, whose scores are taken whole",
 }
 """Says for the log where a model's output head runs."""
 ABOUT_SCORES = frozenset({"labels", "logits_to_keep", "output_router_logits", "use_cache"})
@@ -66,7 +66,7 @@ def find_head(model: PreTrainedModel) -> HeadPlace:
 def run_capped(
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
-    rows: Int[Tensor, " labelled"],
+    sequences: Int[Tensor, " labelled"],
     positions: Int[Tensor, " labelled"],
     losses_at: Callable[[Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor],
     *,
@@ -82,7 +82,7 @@ def run_capped(
     head, hidden, losses = head_of(model), list[Tensor](), list[Tensor]()
 
     def only_labelled(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden.append(seen[0][rows, positions])
+        hidden.append(seen[0][sequences, positions])
         if chunked:
             losses.append(losses_at(hidden[0], partial(label_losses, scores=head.forward)))
         return (hidden[0][: 1 if chunked else None].unsqueeze(0), *seen[1:])

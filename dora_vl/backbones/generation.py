@@ -1,4 +1,4 @@
-"""Helps transformers generate: text that grows with its tokens, and rows whose scores are not finite."""
+"""Helps transformers generate: text that grows with its tokens, and sequences whose scores are not finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_YET_A_CHARACTER = "\ufffd"
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[object]) -> str:
-    """Decodes ids without special tokens; `ids` may be a tensor's row."""
+    """Decodes ids without special tokens; `ids` may be one of a batch."""
     return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))  # pyright: ignore[reportArgumentType]
 
 
@@ -84,7 +84,7 @@ class NotFiniteScores(UserError):
 
 
 NO_TOKEN = -1
-"""A row whose scores were not finite has this id everywhere."""
+"""A sequence whose scores were not finite has this id everywhere."""
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
@@ -94,18 +94,18 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
 
 
-def without_broken(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> list[str | None]:
-    """Keeps the texts chosen by scores, one row each; None replaces a text if one of its scores is NaN."""
+def without_broken(texts: Sequence[str], scores: Float[Tensor, "sequences ..."]) -> list[str | None]:
+    """Keeps the texts chosen by scores, one sequence each; None replaces a text if one of its scores is NaN."""
     broken = scores.isnan().flatten(1).any(1).tolist()
     return [None if is_broken else text for text, is_broken in zip(texts, broken, strict=True)]
 
 
 class ScoreWatch:
-    """Stops rows whose scores are not finite, and marks them; the other rows go on.
+    """Stops sequences whose scores are not finite, and marks them; the other sequences go on.
 
-    A row's largest score is NaN where any is. Nothing is read back from the device before the end. Callers that pass
-    generate a logits processor or stopping criterion of their own must look at the scores themselves. `options` are
-    arguments for generate.
+    A sequence's largest score is NaN where any is. Nothing is read back from the device before the end. Callers that
+    pass generate a logits processor or stopping criterion of their own must look at the scores themselves. `options`
+    are arguments for generate.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -117,16 +117,18 @@ class ScoreWatch:
         self._over: Tensor | None = None
         self._broken: Tensor | None = None
 
-    def _note_broken(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """Notes rows whose scores are not finite; rows that have ended are padded, and no longer count."""
+    def _note_broken(
+        self, input_ids: Tensor, scores: Float[Tensor, "sequences vocab"]
+    ) -> Float[Tensor, "sequences vocab"]:
+        """Notes sequences whose scores are not finite; sequences that have ended are padded, and no longer count."""
         broken = ~scores.amax(-1).isfinite()
         if self._broken is None or self._over is None:
             self._broken, self._over = broken, torch.zeros_like(broken)
         self._broken = self._broken | (broken & ~self._over)
         return scores
 
-    def _stop_broken(self, input_ids: Int[Tensor, "rows seq"], scores: Any) -> Bool[Tensor, " rows"]:
-        """Stops broken rows, and notes those that end; does nothing in beam search, whose rows change places."""
+    def _stop_broken(self, input_ids: Int[Tensor, "sequences seq"], scores: Any) -> Bool[Tensor, " sequences"]:
+        """Stops broken sequences, and notes those that end; does nothing in beam search, where they change places."""
         last = input_ids[:, -1]
         if self._broken is None or self._over is None or len(last) != len(self._broken):
             return torch.zeros_like(last, dtype=torch.bool)
@@ -134,7 +136,7 @@ class ScoreWatch:
         return self._broken
 
     def mark_broken(self, new: Int[Tensor, "batch new"]) -> Int[Tensor, "batch new"]:
-        """Fills a row with `NO_TOKEN` if any of its beams had scores that are not finite."""
+        """Fills a sequence with `NO_TOKEN` if any of its beams had scores that are not finite."""
         if self._broken is None:
             return new
         broken = self._broken.view(len(new), -1).any(1, keepdim=True)
@@ -142,17 +144,17 @@ class ScoreWatch:
 
 
 class TokenDrawer(LogitsProcessor):
-    """Draws each row's next token, never one of `excluded`, and masks all others, so that generate must take it.
+    """Draws each sequence's next token, never one of `excluded`, and masks all others, so that generate must take it.
 
-    `options` are arguments for generate. `log_probs` and `entropies` of the rows, one tensor per token, mean nothing
-    after a row's end.
+    `options` are arguments for generate. `log_probs` and `entropies`, one tensor per token, mean nothing after a
+    sequence's end.
     """
 
     def __init__(self, generator: torch.Generator, excluded: Collection[int]) -> None:
         self._generator = generator
         self._excluded = torch.tensor(sorted(excluded), dtype=torch.long, device=generator.device)
-        self.log_probs: list[Float[Tensor, " rows"]] = []
-        self.entropies: list[Float[Tensor, " rows"]] = []
+        self.log_probs: list[Float[Tensor, " sequences"]] = []
+        self.entropies: list[Float[Tensor, " sequences"]] = []
         self.options: dict[str, Any] = {
             "logits_processor": LogitsProcessorList([self]),
             "stopping_criteria": StoppingCriteriaList(),
@@ -161,9 +163,9 @@ class TokenDrawer(LogitsProcessor):
         }
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
-    ) -> Float[Tensor, "rows vocab"]:
-        """Returns zero for the drawn token of each row, minus infinity for all others."""
+        self, input_ids: Tensor, scores: Float[Tensor, "sequences vocab"]
+    ) -> Float[Tensor, "sequences vocab"]:
+        """Returns zero for the drawn token of each sequence, minus infinity for all others."""
         # On a GPU, to draw from NaN breaks every later call; the step's own loss tells of it.
         log_probs = scores.float().nan_to_num(0.0).log_softmax(-1)
         chances = log_probs.exp()
@@ -174,5 +176,5 @@ class TokenDrawer(LogitsProcessor):
 
 
 def says_true(logits: Float[Tensor, "batch vocab"], *, true_token: int, false_token: int) -> Bool[Tensor, " batch"]:
-    """Tells which rows prefer the token of "true" (NLVR2 in VL-T5); equal scores are false."""
+    """Tells which sequences prefer the token of "true" (NLVR2 in VL-T5); equal scores are false."""
     return logits[:, true_token] > logits[:, false_token]

@@ -113,16 +113,16 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         Args:
             labels: the token at each position, or -100; the shift by one happens here.
             expected: what takes the place of some samples' labels.
-            layout: what each token sees, and what predicts it, where rows hold several samples (`data.batches`).
+            layout: what each token sees, and what predicts it, where sequences hold several samples (`data.batches`).
             stored: stored outputs for the pictures of each sample that has some.
             keep_logits: returns logits; otherwise those of a large vocabulary are computed in chunks.
             inputs: the processor's other inputs, by its own names.
         """
-        rows, positions, targets, samples = _predicted(labels, attention_mask, layout)
+        sequences, positions, targets, samples = _predicted(labels, attention_mask, layout)
         inputs = {"input_ids": input_ids, **model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
         head: Any = head_of(self.model)
         chunked = self.head_place != "inside" and not keep_logits and in_chunks(head)
-        is_sharded = isinstance(self.model, FSDPModule) or hasattr(head.weight, "ds_id")  # FSDP2, ZeRO-3
+        is_sharded = isinstance(self.model, FSDPModule) or is_deepspeed_zero3_enabled()
 
         def losses_at(values: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
             """Applies a loss to the labels, or to what is expected in their place."""
@@ -135,9 +135,11 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
         with self._hooked(stored):
             if self.head_place != "open" or is_sharded:
-                hidden, logits, losses = run_capped(self.model, inputs, rows, positions, losses_at, chunked=chunked)
+                hidden, logits, losses = run_capped(
+                    self.model, inputs, sequences, positions, losses_at, chunked=chunked
+                )
             else:
-                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
+                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[sequences, positions]
                 if chunked:
                     logits, losses = None, losses_at(hidden, partial(label_losses, scores=head))
                 else:
@@ -184,7 +186,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
     ) -> Int[Tensor, "batch new"]:
         """Generates token ids for left-padded prompts, greedily unless `options` (of transformers' generate) differ.
 
-        Rows whose scores are not finite hold `NO_TOKEN`.
+        Sequences whose scores are not finite hold `NO_TOKEN`.
 
         Args:
             stored: what frozen parts gave for the pictures of each prompt that has some.
@@ -196,8 +198,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             padding = ends[0] if isinstance(ends, list) else ends
         chosen = {"do_sample": False, "pad_token_id": padding, **watch.options, **self.generation, **(options or {})}
         generating: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
-        # torch multiplies a view with gaps, such as each row's last position, row by row: on a CPU 64 rows took 8 s
-        # instead of 0.01.
+        # torch multiplies a view with gaps, such as each sequence's last position, one by one: on a CPU 64 of them took
+        # 8 s instead of 0.01.
         head: Any = head_of(self.model)
         together = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         with torch.no_grad(), together, self._hooked(stored):
@@ -235,19 +237,24 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 def _predicted(
     labels: Tensor | None, attention_mask: Tensor, layout: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns row and position of each hidden state that predicts a label, the label, and its sample's number.
+    """Returns sequence and position of each hidden state that predicts a label, the label, and its sample's number.
 
-    Without labels these are each row's last token; with a `layout` the positions are its `sources`.
+    Without labels these are each sequence's last token; with a `layout` the positions are its `sources`.
     """
     if labels is None:
-        rows = torch.arange(len(attention_mask), device=attention_mask.device)
+        sequences = torch.arange(len(attention_mask), device=attention_mask.device)
         last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
-        return rows, last, torch.full_like(rows, IGNORED_LABEL), rows
+        return sequences, last, torch.full_like(sequences, IGNORED_LABEL), sequences
     if layout is None:
-        rows, positions = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
-        return rows, positions, labels[rows, positions + 1], rows
-    rows, positions = ((labels != IGNORED_LABEL) & (layout["sources"] >= 0)).nonzero(as_tuple=True)
-    return rows, layout["sources"][rows, positions], labels[rows, positions], layout["samples"][rows, positions]
+        sequences, positions = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+        return sequences, positions, labels[sequences, positions + 1], sequences
+    sequences, positions = ((labels != IGNORED_LABEL) & (layout["sources"] >= 0)).nonzero(as_tuple=True)
+    return (
+        sequences,
+        layout["sources"][sequences, positions],
+        labels[sequences, positions],
+        layout["samples"][sequences, positions],
+    )
 
 
 def _asks_for_gradients(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
@@ -317,10 +324,11 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
 
 
 def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: Packing) -> tuple[Packing, str | None]:
-    """Returns the requested kind of rows, or the next simpler one that the model computes correctly and the reason.
+    """Returns the requested kind of packing, or the next simpler one that the model computes correctly and the reason.
 
-    No list says which families compute packed rows. What they need (a mask function that can be asked, positions that
-    can be given, pictures found by their tokens) shows in the scores: three samples in one row and in three must agree.
+    No list says which families compute packed sequences. What they need (a mask function that can be asked, positions
+    that can be given, pictures found by their tokens) shows in the scores: three samples in one sequence and in three
+    must agree.
 
     From then on the encoder gives samples the positions of a family that counts along several axes.
     """
@@ -330,7 +338,7 @@ def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: Packin
     decoder: Any = decoder_of(backbone.model)
     kernel = str(decoder.config._attn_implementation)
     if kernel not in MASKED:
-        return "plain", f"{kernel} takes no mask of such rows; set model.attn_implementation: sdpa"
+        return "plain", f"{kernel} takes no mask of such sequences; set model.attn_implementation: sdpa"
     was_training, reason = backbone.training, None
     backbone.eval()
     try:

@@ -1,4 +1,4 @@
-"""Makes transformers' models attend along packed rows, each a forest of segments (`data.packing`).
+"""Makes transformers' models attend along packed sequences, each a forest of segments (`data.packing`).
 
 Nothing here knows a family. The masks are the family's own, restricted to each token's path: a hook at transformers'
 mask interface gets the family's mask function (causal, sliding windows, chunks, blocks of pictures that see each other)
@@ -27,17 +27,17 @@ from dora_vl.shapes import Bool, Int
 MASKED = ("sdpa", "eager", "flex_attention")
 """These attention kernels take a mask function; flash attention's take none."""
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
-"""Takes batch row, head, query and key position; returns whether the query sees the key."""
+"""Takes the sequence's number, head, query and key position; returns whether the query sees the key."""
 MATH_KERNEL_KEYS = 64
 """Up to this many keys plain products take a CPU less time than its flash attention, mainly in the backward pass."""
 
 
 class Forest(NamedTuple):
-    """A batch of packed rows, each as in `data.packing.Packed`; `segment` is -1 at padding."""
+    """A batch of packed sequences, each as in `data.packing.Packed`; `segment` is -1 at padding."""
 
-    segment: Int[Tensor, "rows seq"]
-    steps: Int[Tensor, "rows seq"]
-    sees: Bool[Tensor, "rows segments segments"]
+    segment: Int[Tensor, "sequences seq"]
+    steps: Int[Tensor, "sequences seq"]
+    sees: Bool[Tensor, "sequences segments segments"]
 
 
 class Span(NamedTuple):
@@ -51,7 +51,7 @@ class Span(NamedTuple):
 class Paths(NamedTuple):
     """All paths of a batch, padded at the end; `writes` is False for positions that an earlier path writes."""
 
-    rows: Int[Tensor, " paths"]
+    sequences: Int[Tensor, " paths"]
     positions: Int[Tensor, "paths longest"]
     writes: Bool[Tensor, "paths longest"]
 
@@ -59,7 +59,7 @@ class Paths(NamedTuple):
 class SegmentGroup(NamedTuple):
     """Segments of similar lengths, padded at the end, that attend in one call."""
 
-    rows: Int[Tensor, "segments 1"]
+    sequences: Int[Tensor, "segments 1"]
     queries: Int[Tensor, "segments queries"]
     keys: Int[Tensor, "segments keys"]
     sees: Bool[Tensor, "segments 1 queries keys"] | None
@@ -69,12 +69,12 @@ class SegmentGroup(NamedTuple):
 
 
 def group_segments(spans: Sequence[Sequence[Span]]) -> list[SegmentGroup]:
-    """Groups the segments of all rows by their lengths and those of their paths."""
+    """Groups the segments of all sequences by their lengths and those of their paths."""
     groups: dict[tuple[int, int], list[tuple[int, Span]]] = {}
-    for row, of_row in enumerate(spans):
-        for span in of_row:
+    for sequence, of_sequence in enumerate(spans):
+        for span in of_sequence:
             lengths = _rounded_up(span.stop - span.start), _rounded_up(len(span.path))
-            groups.setdefault(lengths, []).append((row, span))
+            groups.setdefault(lengths, []).append((sequence, span))
     return [_pad_group(members) for members in groups.values()]
 
 
@@ -95,37 +95,37 @@ def _pad_group(members: Sequence[tuple[int, Span]]) -> SegmentGroup:
     queries = keys.gather(1, (shared[:, None] + count).clamp_max(keys.shape[1] - 1))
     sees = key_index <= (shared[:, None] + count)[..., None]  # also where nothing is: every query must see something
     is_even = bool(filled.all()) and not bool(shared.any())
-    rows = torch.tensor([[row] for row, _ in members], device=device)
-    return SegmentGroup(rows, queries, keys, None if is_even else sees[:, None], filled)
+    sequences = torch.tensor([[sequence] for sequence, _ in members], device=device)
+    return SegmentGroup(sequences, queries, keys, None if is_even else sees[:, None], filled)
 
 
 def spans_of(forest: Forest) -> list[list[Span]]:
-    """Lists the segments of each row."""
-    rows = []
+    """Lists the segments of each sequence."""
+    sequences = []
     for segment, sees in zip(forest.segment, forest.sees, strict=True):
         ends = torch.bincount(segment[segment >= 0]).cumsum(0).tolist()
         paths = sees[: len(ends), segment.clamp_min(0)] & (segment >= 0)
         ranges = zip([0, *ends[:-1]], ends, paths, strict=True)
-        rows.append([Span(start, stop, path.nonzero()[:, 0]) for start, stop, path in ranges])
-    return rows
+        sequences.append([Span(start, stop, path.nonzero()[:, 0]) for start, stop, path in ranges])
+    return sequences
 
 
 def paths_of(forest: Forest) -> Paths:
     """Lists the paths from each root to each leaf."""
-    rows, positions, writes = [], [], []
-    for row, spans in enumerate(spans_of(forest)):
-        seen_by = forest.sees[row, : len(spans), : len(spans)].sum(0)
+    sequences, positions, writes = [], [], []
+    for sequence, spans in enumerate(spans_of(forest)):
+        seen_by = forest.sees[sequence, : len(spans), : len(spans)].sum(0)
         written = torch.zeros(forest.segment.shape[1], dtype=torch.bool, device=forest.segment.device)
         for leaf in (seen_by == 1).nonzero()[:, 0].tolist():
             path = spans[leaf].path
-            rows.append(row)
+            sequences.append(sequence)
             positions.append(path)
             writes.append(~written[path])
             written[path] = True
     longest = max(map(len, positions))
     filled = [nn.functional.pad(path, (0, longest - len(path)), value=int(path[-1])) for path in positions]
     first = [nn.functional.pad(path, (0, longest - len(path)), value=False) for path in writes]
-    return Paths(torch.tensor(rows, device=forest.segment.device), torch.stack(filled), torch.stack(first))
+    return Paths(torch.tensor(sequences, device=forest.segment.device), torch.stack(filled), torch.stack(first))
 
 
 class PackedAttention:
@@ -171,26 +171,26 @@ class PackedAttention:
         self.paths = paths_of(forest) if forest is not None and self._states else None
 
     def _split_paths(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Passes each path as a row of its own to a layer with a running state."""
+        """Passes each path as a sequence of its own to a layer with a running state."""
         if self.paths is None:
             return None
-        # Paths have none of these, which belong to whole rows.
-        of_rows = ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache")
-        kwargs = {name: None if name in of_rows else value for name, value in kwargs.items()}
+        # Paths have none of these, which belong to whole sequences.
+        of_sequences = ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache")
+        kwargs = {name: None if name in of_sequences else value for name, value in kwargs.items()}
         hidden, *rest = args or (kwargs["hidden_states"],)
-        hidden = hidden[self.paths.rows[:, None], self.paths.positions]
+        hidden = hidden[self.paths.sequences[:, None], self.paths.positions]
         if not args:
             return (), {**kwargs, "hidden_states": hidden}
         return (hidden, *(None if isinstance(value, Tensor) else value for value in rest)), kwargs
 
     def _merge_paths(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        """Scatters its output back to the rows; positions shared by several paths get the first one's."""
+        """Scatters its output back to the sequences; positions shared by several paths get the first one's."""
         if self.paths is None or self.forest is None:
             return None
         hidden, writes = output[0] if isinstance(output, tuple) else output, self.paths.writes
-        rows = self.paths.rows[:, None].expand_as(writes)
+        sequences = self.paths.sequences[:, None].expand_as(writes)
         scattered = hidden.new_zeros(*self.forest.segment.shape, hidden.shape[-1])
-        scattered = scattered.index_put((rows[writes], self.paths.positions[writes]), hidden[writes])
+        scattered = scattered.index_put((sequences[writes], self.paths.positions[writes]), hidden[writes])
         return (scattered, *output[1:]) if isinstance(output, tuple) else scattered
 
 
@@ -288,13 +288,15 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
         output = query.new_zeros(*states[0].shape[:3], value.shape[-1])
         for group in packed.groups:
             positions = group.queries, group.keys, group.keys
-            parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, positions, strict=True)]
+            parts = [
+                state[group.sequences, chosen].transpose(1, 2) for state, chosen in zip(states, positions, strict=True)
+            ]
             short = query.device.type == "cpu" and group.keys.shape[1] <= MATH_KERNEL_KEYS
             with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
                 attended = attend(module, *parts, group.sees, *args, **named)[0]
-            rows = group.rows.expand_as(group.queries)[group.filled]
+            sequences = group.sequences.expand_as(group.queries)[group.filled]
             attended = attended[group.filled].to(output.dtype)  # under autocast it is in half precision
-            output = output.index_put((rows, group.queries[group.filled]), attended)
+            output = output.index_put((sequences, group.queries[group.filled]), attended)
         return output, None
 
     return run

@@ -114,7 +114,7 @@ class Collator:
         pad_token_id: fills short sequences.
         join: joins what samples have beside their tokens; `Encoder.collate` has its family's.
         dummy: a sequence with a picture and without labels; None where no rank ever sees a picture, and in decoding.
-        dummy_video: likewise with a video.
+        dummy_video: a sequence with a video and without labels; None where no rank ever sees a video.
         pad_side: training pads on the right; decoding needs the left.
         packing: `plain`: a sample each. `packed`: several share a sequence, each by itself: the same loss, hardly any
             padding. `trees`: and those that share something, such as their pictures, share what they begin with.

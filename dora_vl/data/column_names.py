@@ -173,8 +173,8 @@ def lost_content(path: str, value: object, *, unknown: bool = False, has_media: 
     """Returns what may change what is learned, with its path, in a value that would be left out; None for bookkeeping.
 
     Args:
-        unknown: whether a name that is not one of bookkeeping is enough.
-        has_media: whether the sample has pictures or videos, of which this may be a note.
+        unknown: True takes any name that is not one of bookkeeping.
+        has_media: True where the sample has pictures or videos, of which this may be a note.
     """
     try:
         return _loss(path, value, unknown, has_media)

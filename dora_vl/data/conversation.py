@@ -460,11 +460,8 @@ def as_text(value: object, name: str) -> str:
         return as_json(value)
     # NaN is a table's empty cell.
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value:
-        inner = (
-            f"; data.columns may name a key of it, COLUMN.{next(iter(value))}"
-            if value and isinstance(value, dict)
-            else ""
-        )
+        key = next(iter(value), None) if isinstance(value, dict) else None
+        inner = "" if key is None else f"; data.columns may name a key of it, COLUMN.{key}"
         raise Unusable(f"{name!r} must hold text, got {short_repr(value)}{inner}")
     try:
         return str(value)

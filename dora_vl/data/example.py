@@ -49,12 +49,12 @@ class Example:
 
     Attributes:
         images: paths relative to one root, or names in `image_bytes`.
-        turns: those of a conversation, in place of question and answers (`conversation.read_conversation`).
+        turns: a conversation's, in place of question and answers (`conversation.read_conversation`).
         question: or a sentence to judge; empty for captions.
         answers: empty only where the publisher keeps them.
         rejected: answers that are worse than the last one of `turns`.
         rejected_images: the pictures that these are given about, where they are others than `images`.
-        is_good: whether that last answer is one to learn or one to avoid, where the file says so.
+        is_good: True for a last answer to learn, False for one to avoid; None where the file does not say.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
         extra: what the scorer or the submission needs, such as question_type, category, clip_id, image_size. `unit` is
             drawn as one where intervals are made, `group` is never split between training and validation.

@@ -144,7 +144,7 @@ class Packed:
         segment: the number of each token's segment.
         steps: how far each token is from its path's beginning.
         sources: the place whose hidden state predicts each token, that before it on its path; -1 at a root's first.
-        sees: whether the tokens of a segment see those of another, itself and all above it.
+        sees: True where a segment's tokens see another's; each sees itself and all above it.
         samples: whose tokens each segment holds; of several, which share it, the first.
         roots: the samples whose pictures and videos are in the sequence, in order.
     """

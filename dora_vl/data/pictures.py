@@ -192,8 +192,8 @@ def read_picture(content: bytes, path: str | None, most_pixels: int, decode: boo
 
     Args:
         path: where the file is; None: `content` is the file.
-        decode: whether all of it must be readable.
-        send: whether the picture is wanted, if it has at most `most_pixels`.
+        decode: True refuses a picture of which any part cannot be read.
+        send: True yields the picture too.
     """
     source = BytesIO(content) if path is None else Path(path)
     try:

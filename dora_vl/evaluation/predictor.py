@@ -97,7 +97,7 @@ class Decoding:
         workers: processes that read pictures ahead; 0 reads them in this one.
         answer_method: what the model says; of the question's choices the likeliest letter; of the outputs that its last
             line admits the likeliest one; cloze: the log-likelihood of every ending, as numbers.
-        task: of a VL-BART, the trained task by name; "" tells it by the question's form.
+        task: names a trained task of a VL-BART; "" tells it by the question's form.
         letters: a VL-BART's choice is given as its letter, not as its label.
     """
 

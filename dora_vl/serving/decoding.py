@@ -46,7 +46,7 @@ class SequenceText:
 
     Attributes:
         decode: its tokens as text.
-        over: whether nobody waits for the rest; asked at every token.
+        over: returns True once nobody waits for the rest; asked at every token.
         done: is told once, when the answer is over.
         error: what broke this sequence, and no other.
     """

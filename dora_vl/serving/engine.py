@@ -153,7 +153,7 @@ class BatchDecoder:
 
         Args:
             take: gets the model, the cache of the prompts that it has read, and the logits of their next tokens.
-            joins: whether requests that cannot join others are an error; else generate decodes them itself.
+            joins: True refuses requests that cannot join others; else generate decodes them itself.
         """
         assistant = self._model.assistant
         media = frozenset(inputs).difference({"input_ids", *ALIGNED, *BOOKKEEPING})

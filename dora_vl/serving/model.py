@@ -181,7 +181,7 @@ class ServedEntry:
 
     Attributes:
         name: of the adapter; None is the base.
-        alone: whether the pictures of a batch must all be its own.
+        alone: True where the pictures of a batch must all be its own.
     """
 
     name: str | None

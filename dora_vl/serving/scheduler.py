@@ -140,7 +140,7 @@ class Scheduler:
     """The requests that wait, in order. Any thread may add one; one thread, the engine's, takes batches.
 
     Args:
-        one_kind: whether the model cannot tell pictures from videos of one batch.
+        one_kind: returns True where the model cannot tell pictures from videos of one batch.
     """
 
     def __init__(self, settings: ServerSettings, one_kind: Callable[[], bool]) -> None:

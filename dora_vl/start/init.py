@@ -354,11 +354,11 @@ class DataSummary:
         check: the check of the questions file.
         root: of the paths in `rows`.
         file_names: the files of the names in the questions file, where their folders are left out.
-        file_holds_pictures: whether the questions file holds the pictures itself; they are in `root` then.
+        file_holds_pictures: True where the questions file holds the pictures itself; they are in `root` then.
         unnamed: how many pictures no row names.
-        has_question: whether `--ask` gave the question.
+        has_question: True where `--ask` gave the question.
         trouble: what `check-data` says of rows that are left out, line by line.
-        doubts: likewise of rows that are kept.
+        doubts: what `check-data` doubts in rows that are kept, line by line.
     """
 
     check: FileCheck

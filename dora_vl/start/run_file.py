@@ -39,7 +39,7 @@ VIDEO_BASE = Path("runs/demo/tuned")
 STEP_SAMPLES = 16
 WORDLESS = "paligemma"  # its processor takes no words without a picture
 LEAST_ROWS = 100
-"""Of fewer training rows none is held out for validation."""
+"""Validation takes rows from sets of at least this many."""
 SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
 """A small set is seen several times, until about 3,200 samples were."""
 

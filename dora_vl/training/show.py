@@ -55,8 +55,8 @@ class TokenPiece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchRow:
-    """One row: of a decoder one line of pieces, of an encoder-decoder the input and the answer."""
+class ShownSequence:
+    """One sequence: of a decoder one line of pieces, of an encoder-decoder the input and the answer."""
 
     title: str
     lines: tuple[tuple[TokenPiece, ...], ...]
@@ -64,9 +64,9 @@ class BatchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchView:
-    """All rows, counts, and samples that cannot be used (id, reason)."""
+    """All sequences, counts, and samples that cannot be used (id, reason)."""
 
-    rows: tuple[BatchRow, ...]
+    sequences: tuple[ShownSequence, ...]
     facts: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, str], ...] = ()
 
@@ -91,7 +91,7 @@ class TokenText:
         """Returns a token's text, with the space before it."""
 
     def pieces(self, ids: Sequence[int], trained: Sequence[bool], real: Sequence[bool]) -> tuple[TokenPiece, ...]:
-        """Returns a row's tokens; joins stretches of picture places and of padding."""
+        """Returns a sequence's tokens; joins stretches of picture places and of padding."""
         pieces: list[TokenPiece] = []
         for token, is_trained, is_real in zip(ids, trained, real, strict=True):
             if not is_real:
@@ -115,18 +115,18 @@ def batch_view(batch: Mapping[str, Any], names: Sequence[str], text: TokenText, 
     """
     lines: tuple[tuple[TokenPiece, ...], ...]
     count = len(batch["input_ids"])
-    of_rows = batch.get("sample_ids", names)
-    if "layout" not in batch and len(of_rows) <= count:  # rows after the samples' stand in for media
-        titles = [*of_rows, *[STAND_IN] * (count - len(of_rows))]
+    ids_of_samples = batch.get("sample_ids", names)
+    if "layout" not in batch and len(ids_of_samples) <= count:  # what follows the samples stands in for media
+        titles = [*ids_of_samples, *[STAND_IN] * (count - len(ids_of_samples))]
     else:
-        titles = [f"row {number + 1} of {count}, {len(names)} samples in all" for number in range(count)]
-    rows: list[BatchRow] = []
+        titles = [f"sequence {number + 1} of {count}, {len(names)} samples in all" for number in range(count)]
+    sequences: list[ShownSequence] = []
     segments = batch["layout"]["segment"] if "layout" in batch else batch["attention_mask"].new_zeros(count, 1)
     for title, ids, mask, labels, segment in zip(
         titles, batch["input_ids"], batch["attention_mask"], batch["labels"], segments, strict=True
     ):
         has_label, real = (labels != IGNORED_LABEL).tolist(), mask.bool().tolist()
-        if shifted:  # a line for each segment of a row that holds several samples
+        if shifted:  # a line for each segment of a sequence that holds several samples
             borders = [0, *((segment[1:] != segment[:-1]).nonzero()[:, 0] + 1).tolist(), len(ids)]
             lines = tuple(
                 text.pieces(ids[start:stop].tolist(), has_label[start:stop], real[start:stop])
@@ -135,14 +135,14 @@ def batch_view(batch: Mapping[str, Any], names: Sequence[str], text: TokenText, 
         else:
             question = text.pieces(ids.tolist(), [False] * len(ids), real)
             lines = (question, text.pieces(labels.clamp_min(0).tolist(), has_label, has_label))
-        rows.append(BatchRow(title=title, lines=lines))
-    return BatchView(rows=tuple(rows), facts=tuple(_facts(batch)), skipped=tuple(batch.get("skipped", ())))
+        sequences.append(ShownSequence(title=title, lines=lines))
+    return BatchView(sequences=tuple(sequences), facts=tuple(_facts(batch)), skipped=tuple(batch.get("skipped", ())))
 
 
 def _facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ids, padding = batch["input_ids"], int(batch.get("padding_tokens", 0))
     yield "samples", str(batch.get("samples", len(ids)))
-    yield "positions", f"{ids.shape[0]} rows of {ids.shape[1]}"
+    yield "positions", f"{ids.shape[0]} sequences of {ids.shape[1]}"
     yield "padding", f"{padding} ({padding / max(1, ids.numel()):.1%})"
     yield "trained on", f"{int((batch['labels'] != IGNORED_LABEL).sum())} tokens"
     for name, tokens in batch.get("cut", ()):
@@ -153,13 +153,13 @@ def _facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
-    """Yields counts, the legend, and each row."""
+    """Yields counts, the legend, and each sequence."""
     yield ", ".join(f"{name} {value}" for name, value in view.facts)
     yield "  ".join(_marked([TokenPiece(look.name, kind)], colours=colours) for kind, look in LOOKS.items())
-    for row in view.rows:
+    for sequence in view.sequences:
         yield ""
-        yield row.title
-        for pieces in row.lines:
+        yield sequence.title
+        for pieces in sequence.lines:
             yield "  " + _marked(pieces, colours=colours)
     for name, reason in view.skipped:
         yield f"skipped {name}: {reason}"

@@ -172,7 +172,7 @@ def test_on_this_machine_the_first_batch_is_counted_and_its_speed_measured(tmp_p
     pairs = (f"--data.train={write_pairs(tmp_path / 'pairs')}", "--objective.loss=dpo", "--data.replay=0")
     for more in ((), pairs):  # both answers are in the batch
         main(["show", "batch", str(run_file), *more])
-        facts = re.search(r"samples 4, positions (\d+) rows of (\d+), .*trained on (\d+) tokens", _printed(capsys))
+        facts = re.search(r"samples 4, positions (\d+) sequences of (\d+), .*trained on (\d+) tokens", _printed(capsys))
         assert facts is not None
         rows, length, labelled = map(int, facts.groups())
         main(["estimate", str(run_file), "--json", str(tmp_path / "found.json"), *more])

@@ -12,7 +12,7 @@ from dora_vl.run.settings_parser import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run import train
-from dora_vl.training.show import BatchRow, BatchView, TokenPiece, first_batch, shown_settings, terminal_lines
+from dora_vl.training.show import BatchView, ShownSequence, TokenPiece, first_batch, shown_settings, terminal_lines
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
@@ -60,9 +60,9 @@ def test_it_is_the_batch_that_training_sees(run_file, tmp_path, monkeypatch, gro
     expected = seen_first(monkeypatch, DecoderPipeline(config))
     view = first_batch(DecoderPipeline(shown_settings(read_run_file(run_file, *settings), tmp_path / "none")))
     records = {row["id"]: row for row in json.loads(Path(str(config.data.train)).read_text())}
-    assert len(view.rows) == 4
+    assert len(view.sequences) == 4
     for row, ids, mask, labels in zip(
-        view.rows, expected["input_ids"], expected["attention_mask"], expected["labels"], strict=True
+        view.sequences, expected["input_ids"], expected["attention_mask"], expected["labels"], strict=True
     ):
         (line,) = row.lines
         assert sum(piece.count for piece in line) == len(ids)
@@ -81,7 +81,7 @@ def test_a_vlbarts_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     expected = seen_first(monkeypatch, VlBartPipeline(config))
     view = first_batch(VlBartPipeline(shown_settings(config, tmp_path / "none")))
     for row, ids, mask, labels in zip(
-        view.rows, expected["input_ids"], expected["attention_mask"], expected["labels"], strict=True
+        view.sequences, expected["input_ids"], expected["attention_mask"], expected["labels"], strict=True
     ):
         prompt, answer = row.lines
         assert [sum(piece.count for piece in line) for line in row.lines] == [len(ids), len(labels)]
@@ -99,7 +99,7 @@ def test_the_command_writes_nothing_and_prints_signs(run_file, tmp_path, capsys)
     main(["show", "batch", str(run_file), *words])
     assert sorted(run_file.parent.rglob("*")) == before
     output = capsys.readouterr().out
-    assert "samples 3, positions 3 rows of" in output
+    assert "samples 3, positions 3 sequences of" in output
     assert "<<image> × 4>" in output
     assert "\x1b[" not in output
 
@@ -108,7 +108,7 @@ def test_signs_colours_and_foreign_text() -> None:
     hostile = "<script>alert(1)</script>\x1b[31m\n"
     words = (("a", "context"), (" b", "trained"), (hostile, "trained"))
     pieces = (*(TokenPiece(text, kind) for text, kind in words), TokenPiece("padding", "padding", 3))
-    view = BatchView(rows=(BatchRow(title="<b>row</b>", lines=(pieces,)),), facts=(("samples", "1"),))
+    view = BatchView(sequences=(ShownSequence(title="<b>row</b>", lines=(pieces,)),), facts=(("samples", "1"),))
     plain = list(terminal_lines(view, colours=False))
     assert plain[-1] == "  a[ b<script>alert(1)</script>␛[31m⏎]{padding × 3}"
     coloured = list(terminal_lines(view, colours=True))[-1]

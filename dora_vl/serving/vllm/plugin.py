@@ -272,7 +272,7 @@ def compute_gains(
         modules: the wrapped layers, by vLLM's names.
         before: the magnitudes of each layer, by vLLM's name of it, before the adapter's weights were packed.
         lookup: returns the adapter's packed weights of a layer, or None.
-        elsewhere: whether a layer is on another rank of a pipeline.
+        elsewhere: returns True for a layer on another rank of a pipeline.
     """
     layers = {name: module for name, module in modules.items() if isinstance(module, DoRALayer)}
     served = {name: weights for name in layers if magnitudes_in(weights := lookup(name))}
