@@ -192,7 +192,7 @@ def test_each_answer_is_trained_once_as_inference_writes_it(name: str, mix: str)
             rows, meant = rows_of(encoder.encode(example, pictures)), encoder.answers(example)
             assert sorted(number for row in rows for number in row.answers) == list(range(rounds))
             if rounds == 3 and len(set(thoughts)) == 1:
-                assert len(rows) == writes.sequences[thinking]
+                assert len(rows) == writes.rows[thinking]
             for row in rows:
                 check_labels([labelled(encoder, row, [meant[number] for number in row.answers])])
                 for number, places in zip(row.answers, trained_stretches(row), strict=True):
