@@ -16,7 +16,7 @@ from dora_vl.errors import UserError, align_columns, number_between, positive_in
 from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.evaluation.baselines import ASKED_AGAIN
 from dora_vl.evaluation.benchmarks import find_benchmark, read_set
-from dora_vl.evaluation.predictions import read_rows
+from dora_vl.evaluation.predictions import read_foreign_predictions
 from dora_vl.evaluation.questions import as_asked, with_middle_frame
 from dora_vl.evaluation.scores.benchmark import match_predictions
 from dora_vl.evaluation.scores.exact import CLOZE
@@ -182,15 +182,16 @@ def _from_file(path: Path, test: TestSet, options: argparse.Namespace) -> Tested
     """Scores a file's answers; answers to records that cannot be read are left out."""
     request = options.benchmarks.strip(",")  # a file answers one benchmark
     examples = test.examples if options.limit is None else _read_set(options, request, None).examples
-    rows = read_rows(path)
-    if any(row.set for row in rows):  # our own file: a question's id may be in several sets
-        own = [row for row in rows if row.set == test.name]
-        rows = own or [row for row in rows if not row.set.endswith(ASKED_AGAIN)]
-        if len(several := {row.set for row in rows}) > 1:
+    predictions = read_foreign_predictions(path)
+    if any(prediction.set for prediction in predictions):  # our own file: a question's id may be in several sets
+        own = [prediction for prediction in predictions if prediction.set == test.name]
+        predictions = own or [prediction for prediction in predictions if not prediction.set.endswith(ASKED_AGAIN)]
+        if len(several := {prediction.set for prediction in predictions}) > 1:
             raise UserError(f"{path}: holds answers to {', '.join(sorted(several))}, and none to {test.name}")
-    joined = match_predictions(test.benchmark, examples, rows, path=path, questions=Path(str(test.about["file"])))
+    questions = Path(str(test.about["file"]))
+    joined = match_predictions(test.benchmark, examples, predictions, path=path, questions=questions)
     readable = {*joined.strangers, *({example.id for example in test.examples} - test.unreadable.keys())}
-    return scored(test, replace(joined, rows=[row for row in joined.rows if row.id in readable]))
+    return scored(test, replace(joined, answered=[answer for answer in joined.answered if answer.id in readable]))
 
 
 def _evaluate_model(

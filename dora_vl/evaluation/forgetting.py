@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def measure_abilities(assistant: Assistant, texts: Path | None = None, base: Abi
     nats = _mean_nats(assistant, samples)
     questions = [Example(id=text, question=text) for text in PASSAGES["questions"]]
     decoding = Decoding(batch_size=BATCH, max_new_tokens=NEW_TOKENS)
-    rows = [row for rows in assistant.predict(questions, media_reader(Path(), frames=1), decoding) for row in rows]
-    answers = {row.id: row.prediction for row in rows if not row.error}
+    predictions = chain.from_iterable(assistant.predict(questions, media_reader(Path(), frames=1), decoding))
+    answers = {prediction.id: prediction.prediction for prediction in predictions if not prediction.error}
     of_base = answers if base is None else base.answers
     base_answers = [
         _answer_sample(assistant, example, text) for example in questions if (text := (of_base or {}).get(example.id))

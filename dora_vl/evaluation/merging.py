@@ -314,15 +314,15 @@ def _unmerged_answers(
     """Asks the unmerged model, and puts the logits of each answer into `scratch`."""
     model = open_model(unmerged).adapted
     predictions = predicted(model, check.questions, media, decoding)
-    if not predictions.rows:
+    if not predictions.answered:
         name, reason = next(iter(predictions.failed.items()))
         raise UserError(f"not one of {len(check.questions)} questions can be asked; {short_repr(name)}: {reason}")
     by_id = {question.id: question for question in check.questions}
     answers: list[dict[str, Any]] = []
-    for number, row in enumerate(predictions.rows):
-        torch.save(model.logits(by_id[row.id], row.prediction, media, decoding), scratch / f"{number}.pt")
-        about = {"id": row.id, "question": row.question, "images": row.images, "truth": row.truth}
-        answers.append({**about, "unmerged": row.prediction})
+    for number, prediction in enumerate(predictions.answered):
+        torch.save(model.logits(by_id[prediction.id], prediction.prediction, media, decoding), scratch / f"{number}.pt")
+        about = {name: getattr(prediction, name) for name in ("id", "question", "images", "truth")}
+        answers.append({**about, "unmerged": prediction.prediction})
     return answers, predictions.failed
 
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -84,7 +85,7 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
     def add(self, name: str, predictions: Iterable[Prediction]) -> None:
         """Appends lines of a set and hands them to the operating system, so that a killed process loses none."""
         assert self._stream is not None
-        self._stream.writelines(line_of(replace(row, set=name)) for row in predictions)
+        self._stream.writelines(line_of(replace(prediction, set=name)) for prediction in predictions)
         self._stream.flush()
 
     def end(self, name: str, order: Sequence[str]) -> dict[str, Prediction]:
@@ -112,7 +113,7 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
 
     def _write(self, everything: Mapping[str, Mapping[str, Prediction]]) -> None:
         with whole_file(self._path) as stream:
-            stream.writelines(line_of(row) for rows in everything.values() for row in rows.values())
+            stream.writelines(map(line_of, chain.from_iterable(of_set.values() for of_set in everything.values())))
         for part in self._folder.glob(PART.format("*")):
             part.unlink()
 
@@ -159,7 +160,7 @@ def ask(
         first, tokens = next(iter(cut_texts.items()))
         log.warning("%d texts were cut, such as that of %s by %d tokens", len(cut_texts), short_text(first), tokens)
     return Predictions(
-        rows=[done[key] for key in order if key in done],
+        answered=[done[key] for key in order if key in done],
         failed={key: reason for of_rank, _, _ in parts for key, reason in of_rank.items()},
         answered_before=before,
         seconds=max(seconds for _, _, seconds in parts),
@@ -169,9 +170,10 @@ def ask(
 
 def predicted(model: Predictor, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Predictions:
     """Answers examples in this process only, in their order, without a file."""
-    rows: dict[str, Prediction] = {}
-    failed, _ = _ask(model, examples, media, decoding, lambda several: rows.update({row.id: row for row in several}))
-    return Predictions(rows=[rows[example.id] for example in examples if example.id in rows], failed=failed)
+    answered: list[Prediction] = []
+    failed, _ = _ask(model, examples, media, decoding, answered.extend)
+    by_id = {answer.id: answer for answer in answered}
+    return Predictions(answered=[by_id[example.id] for example in examples if example.id in by_id], failed=failed)
 
 
 def _ask(
@@ -186,20 +188,21 @@ def _ask(
     without_numbers: list[str] = []
     in_a_row, cut = 0, dict[str, int]()
     with tqdm(total=len(examples), desc="answering", unit="question", disable=not examples) as progress:
-        for rows in model.predict(examples, media, decoding):
-            for row in rows:
-                if not row.error:
+        for predictions in model.predict(examples, media, decoding):
+            for prediction in predictions:
+                if not prediction.error:
                     in_a_row = 0
-                elif row.error == NOT_FINITE_SCORES:
-                    without_numbers.append(row.id)
+                elif prediction.error == NOT_FINITE_SCORES:
+                    without_numbers.append(prediction.id)
                     in_a_row += 1
                 else:
-                    failed[row.id] = row.error
+                    failed[prediction.id] = prediction.error
                     if len(failed) <= WARNED_FAILURES:
-                        log.warning("question %s could not be asked: %s", short_text(row.id), one_line(row.error))
-            keep([row for row in rows if not row.error])
-            cut |= {row.id: row.cut_tokens for row in rows if row.cut_tokens}
-            progress.update(len(rows))
+                        reason = one_line(prediction.error)
+                        log.warning("question %s could not be asked: %s", short_text(prediction.id), reason)
+            keep([prediction for prediction in predictions if not prediction.error])
+            cut |= {prediction.id: prediction.cut_tokens for prediction in predictions if prediction.cut_tokens}
+            progress.update(len(predictions))
             if in_a_row >= min(decoding.batch_size, len(examples)):
                 break
     if without_numbers:
@@ -251,7 +254,7 @@ def evaluate(
         done[-1] = with_baselines(tested, others, untrained, readable, log=read_log(folder / LOSS_LOG))
         announce(done[-1])
         empty = sum(not answer.strip() for answer in predictions.answers.values())
-        if (failed := len(test_set.examples) - len(predictions.rows)) or empty:
+        if (failed := len(test_set.examples) - len(predictions.answered)) or empty:
             message = "%s: %d questions could not be asked and %d answers are empty, all of them wrong; %s names them"
             log.warning(message, test_set.name, failed, empty, folder / METRICS)
         results.write(done, not_yet=[later.name for later in sets[len(done) :]])

@@ -60,11 +60,11 @@ class Predictions:
 
     Attributes:
         failed: why an example has no answer, by id.
-        joined_by: what another tool's rows and the questions have in common.
-        strangers: ids of another tool's rows that answer no question.
+        joined_by: what another tool's predictions and the questions have in common.
+        strangers: ids of another tool's predictions that answer no question.
     """
 
-    rows: Sequence[Prediction] = ()
+    answered: Sequence[Prediction] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
     answered_before: int = 0
     seconds: float = 0.0
@@ -75,7 +75,7 @@ class Predictions:
     @cached_property
     def answers(self) -> dict[str, str]:
         """Maps an example's id to its answer."""
-        return {row.id: row.prediction for row in self.rows if not row.error}
+        return {prediction.id: prediction.prediction for prediction in self.answered if not prediction.error}
 
 
 def line_of(prediction: Prediction) -> str:
@@ -106,8 +106,8 @@ def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
             name, answer = record.get("id"), record.get("prediction")
             if not isinstance(name, str) or not isinstance(answer, str) or record.keys() - {*COLUMNS}:
                 raise UserError(f"{path}, line {number}: not a prediction (text as id and prediction, only {COLUMNS})")
-            row = Prediction(**record)  # pyright: ignore[reportArgumentType] - our own file
-            predictions.setdefault(row.set, {})[name] = row
+            prediction = Prediction(**record)  # pyright: ignore[reportArgumentType] - our own file
+            predictions.setdefault(prediction.set, {})[name] = prediction
     except UserError as error:
         raise UserError(f"{error}; delete the file to start anew") from None
     return predictions
@@ -116,7 +116,7 @@ def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
 # Files of predictions that other tools write.
 
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
-"""These keys hold a row's id; the first that a row has is its own."""
+"""These keys hold a prediction's id; the first that a line has is its own."""
 MODEL_ANSWERS = (
     *("prediction", "pred", "predict", "pred_answer", "predicted_answer"),
     *("response", "output", "model_answer", "model_output"),
@@ -124,13 +124,13 @@ MODEL_ANSWERS = (
 """These hold a model's answer: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and other tools'. An `answer`
 beside one of them is the true one."""
 ANSWERS = ("answer", "text", "caption")
-"""These keys hold the answer in rows with none of `MODEL_ANSWERS`: VQA's, LLaVA's, COCO's."""
+"""These keys hold the answer in lines with none of `MODEL_ANSWERS`: VQA's, LLaVA's, COCO's."""
 WANTED = "predictions; give JSON lines with an id and an answer each"
 TABLES = (".csv", ".tsv")
 _SPELLED = {name.lower(): name for name in (*IDS, *MODEL_ANSWERS, *ANSWERS)}
 
 
-def read_rows(path: Path) -> list[Prediction]:
+def read_foreign_predictions(path: Path) -> list[Prediction]:
     """Reads the answers of another tool's file, in its order; `benchmark.join` finds their questions.
 
     | form | whose |
@@ -141,13 +141,13 @@ def read_rows(path: Path) -> list[Prediction]:
     | `.csv` of an identifier and an answer, without a header | NLVR2 |
     | `.csv` or `.tsv` whose first row names the columns | MMBench (its .xlsx saved as .tsv) |
     """
-    rows = list(_table_rows(path) if path.suffix.lower() in TABLES else _json_rows(path))
-    if not rows:
+    predictions = list(_read_table(path) if path.suffix.lower() in TABLES else _read_json(path))
+    if not predictions:
         raise UserError(f"{path}: holds no predictions")
-    return rows
+    return predictions
 
 
-def _json_rows(path: Path) -> Iterator[Prediction]:
+def _read_json(path: Path) -> Iterator[Prediction]:
     values = stream_values(path, WANTED)
     first_two = [numbered for numbered in (next(values, None), next(values, None)) if numbered is not None]
     only = first_two[0][1] if len(first_two) == 1 else None
@@ -161,10 +161,10 @@ def _json_rows(path: Path) -> Iterator[Prediction]:
             yield Prediction(id=name, ids={"id": name}, prediction=str(answer), is_number=not isinstance(answer, str))
         return
     for numbered in (first_two, values):
-        yield from (_row(value, f"{path}, row {number}") for number, value in numbered)
+        yield from (_read_record(value, f"{path}, row {number}") for number, value in numbered)
 
 
-def _table_rows(path: Path) -> Iterator[Prediction]:
+def _read_table(path: Path) -> Iterator[Prediction]:
     lines = (line for _, line in text_lines(path, WANTED))
     header = next(lines, "")
     delimiter = stated_delimiter(header)
@@ -175,7 +175,7 @@ def _table_rows(path: Path) -> Iterator[Prediction]:
     if not _SPELLED.keys().isdisjoint(cell.strip().strip('"').strip().lower() for cell in header.split(delimiter)):
         for number, row in table_rows(path, WANTED, delimiter=delimiter):
             named = {_SPELLED.get(plain := name.strip().lower(), plain): cell for name, cell in row.items()}
-            yield _row(named, f"{path}, line {number}")
+            yield _read_record(named, f"{path}, line {number}")
         return
     for number, line in text_lines(path, WANTED):  # as NLVR2's script reads them, quotes included
         name, *answers = line.strip().split(delimiter)
@@ -187,7 +187,7 @@ def _table_rows(path: Path) -> Iterator[Prediction]:
             yield Prediction(id=name, ids={"id": name}, prediction=answers[0])
 
 
-def _row(record: object, where: str) -> Prediction:
+def _read_record(record: object, where: str) -> Prediction:
     """Reads one object's answer, which is the model's; a true answer beside it is left alone."""
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: a {type(record).__name__}, not an object with an id and an answer")

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -310,37 +310,38 @@ def draw(answered: Sequence[Tested], *, run_folder: Path, media: MediaReader | N
     if series(entries, "loss")[0]:
         objective = json_or_nothing(run_folder / SETTINGS).get("objective") or {}
         write_loss_curve(entries, run_folder / LOSS_CURVE, unit=loss_unit(objective))
-    rows: list[Prediction] = []
+    shown: list[Prediction] = []
     shares: dict[str, float] = {}
     by_id: dict[str, Example] = {}
     for tested in answered:
         name = tested.test.name  # before each id: two sets may share them
         by_id |= {f"{name}/{example.id}": example for example in tested.test.examples}
-        for row in tested.predictions.rows:
-            example = by_id[f"{name}/{row.id}"]
-            truth, answer = (choice_text(example, text) for text in (expected(example), row.prediction))
+        for prediction in tested.predictions.answered:
+            example = by_id[f"{name}/{prediction.id}"]
+            truth, answer = (choice_text(example, text) for text in (expected(example), prediction.prediction))
             images = list(example.images) or [clip.path for clip in example.videos[:1]]
-            rows.append(replace(row, id=f"{name}/{row.id}", images=images, truth=truth, prediction=answer))
+            key = f"{name}/{prediction.id}"
+            shown.append(replace(prediction, id=key, images=images, truth=truth, prediction=answer))
         if tested.scored is not None and tested.is_accuracy:
             shares |= {f"{name}/{item}": share for item, share in tested.scored.shares.items()}
-    if media is None or not rows:
+    if media is None or not shown:
         return
 
-    def picture(row: Prediction) -> Image.Image:
-        example = by_id[row.id]  # its own clip: other questions are about other parts of the same video
+    def picture(prediction: Prediction) -> Image.Image:
+        example = by_id[prediction.id]  # its own clip: other questions are about other parts of the same video
         return media.picture(replace(example, images=example.images[:1]))
 
     titles = textwrap.wrap(", ".join(map(_title, answered)), TITLE_CHARACTERS, max_lines=2)
-    subtitles = {row.id: " ".join(line.text for line in by_id[row.id].subtitles) for row in rows}
+    subtitles = {prediction.id: " ".join(line.text for line in by_id[prediction.id].subtitles) for prediction in shown}
     sheet = run_folder / CONTACT_SHEET
-    write_contact_sheet(rows, picture, sheet, title="\n".join(titles), shares=shares, subtitles=subtitles)
+    write_contact_sheet(shown, picture, sheet, title="\n".join(titles), shares=shares, subtitles=subtitles)
 
 
 def _title(tested: Tested) -> str:
     """Writes a set's name and score; as in `metrics.json`, what could not be asked counts as wrong."""
     name, scored = tested.test.name, tested.scored
     if scored is None:
-        return f"{name}: {len(tested.predictions.rows):,} answers, not scored"
+        return f"{name}: {len(tested.predictions.answered):,} answers, not scored"
     metric, value = scored.headline, scored.metrics[scored.headline]
     if not tested.is_accuracy:
         return f"{name}: {metric} {value:.1f} of {scored.n:,}"
@@ -384,8 +385,9 @@ def watch_questions(
         answers: dict[str, str] = {}
         for model, several, decoding in parts:
             by_id = {example.id: example for example in several}
-            for rows in model.predict(several, reader, decoding) if several else ():
-                answers |= {row.id: choice_text(by_id[row.id], row.prediction) for row in rows if not row.error}
+            for prediction in chain.from_iterable(model.predict(several, reader, decoding) if several else ()):
+                if not prediction.error:
+                    answers[prediction.id] = choice_text(by_id[prediction.id], prediction.prediction)
         return answers
 
     showing = {example.id: example for example in examples if example.images or example.videos}

@@ -94,14 +94,14 @@ class VlBartAssistant:
         """See `Predictor`: keeps the questions' order; asks one at a time where it computes features."""
         size = decoding.batch_size if self.stored else 1
         for start in range(0, len(examples), size):
-            rows: list[Prediction] = []
+            predictions: list[Prediction] = []
             usable: list[tuple[Example, Subtask, Seq2SeqSample]] = []
             for example in examples[start : start + size]:
                 try:
                     usable.append(self._read(example, media, decoding.task))
                 except UserError as error:
                     reason = error.reason if isinstance(error, BadSample) else str(error)
-                    rows.append(prediction(example, None, reason))
+                    predictions.append(prediction(example, None, reason))
             if usable:
                 readable, subtasks, samples = zip(*usable, strict=True)
                 subtask = subtasks[0]
@@ -109,8 +109,8 @@ class VlBartAssistant:
                 for example, sample, text in zip(readable, samples, texts, strict=True):
                     if text is not None and decoding.letters and subtask.answer_by in CHOOSING:
                         text = ascii_uppercase[int(text.removeprefix("a"))]
-                    rows.append(prediction(example, text, cut_tokens=sample.cut_tokens))
-            yield rows
+                    predictions.append(prediction(example, text, cut_tokens=sample.cut_tokens))
+            yield predictions
 
     @torch.inference_mode()
     def logits(

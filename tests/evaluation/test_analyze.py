@@ -307,7 +307,9 @@ def people(name: str, *answers: str) -> Example:
 
 
 def task(name: str, examples: Sequence[Example], answers: Mapping[str, str], scored: Scored | None) -> Tested:
-    predictions = Predictions(rows=[Prediction(id=sample_id, prediction=text) for sample_id, text in answers.items()])
+    predictions = Predictions(
+        answered=[Prediction(id=sample_id, prediction=text) for sample_id, text in answers.items()]
+    )
     return Tested(test=TestSet(name=name, examples=examples, score=None), predictions=predictions, scored=scored)
 
 

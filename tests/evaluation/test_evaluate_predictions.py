@@ -14,7 +14,7 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, from_record, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.predictions import ANSWERS, MODEL_ANSWERS, Prediction, line_of, read_rows
+from dora_vl.evaluation.predictions import ANSWERS, MODEL_ANSWERS, Prediction, line_of, read_foreign_predictions
 from dora_vl.evaluation.scores.benchmark import match_predictions
 from dora_vl.evaluation.test_sets import score_lines
 from tests.backbones.tiny_language import write_tiny_language
@@ -277,7 +277,7 @@ def answers_in(path: Path, content: object) -> dict[str, str]:
     if isinstance(content, list) and path.suffix == ".jsonl":
         content = "".join(json.dumps(row) + "\n" for row in content)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return {row.id: row.prediction for row in read_rows(path)}
+    return {row.id: row.prediction for row in read_foreign_predictions(path)}
 
 
 def test_the_forms_of_rows(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, file: str, content: str
     with pytest.raises(UserError):
         answers_in(tmp_path / file, content)
     with pytest.raises(UserError):
-        read_rows(tmp_path / "gone.jsonl")
+        read_foreign_predictions(tmp_path / "gone.jsonl")
 
 
 @pytest.mark.parametrize("row", JOINED, ids=lambda row: f"{row['benchmark']}-{row['about']}")
@@ -334,7 +334,12 @@ def test_answers_find_their_questions(row: dict[str, Any], tmp_path: Path) -> No
     path, examples = tmp_path / row["file"], [from_record(record) for record in row["examples"]]
     answers_in(path, row["content"])
     find = partial(
-        match_predictions, BENCHMARKS[row["benchmark"]], examples, read_rows(path), path=path, questions=Path("records")
+        match_predictions,
+        BENCHMARKS[row["benchmark"]],
+        examples,
+        read_foreign_predictions(path),
+        path=path,
+        questions=Path("records"),
     )
     if row["answers"] is None:
         with pytest.raises(UserError) as refused:

@@ -88,10 +88,10 @@ def lettered(example: Example, before_hint: str = "") -> str:
     return "\n".join([*([before_hint + hint] if hint else []), example.question, *with_letters(example.choices)])
 
 
-# Which question a row of a predictions file answers, beside by the id.
+# Which question a line of a predictions file answers, beside by the id.
 #
 # LLaVA's question files name TextVQA's, MME's, VizWiz' and POPE's questions differently from the publishers'
-# annotations. A row's prompt tells questions about one picture apart. Source of the names: LLaVA c121f04,
+# annotations. A line's prompt tells questions about one picture apart. Source of the names: LLaVA c121f04,
 # `llava/eval/eval_textvqa.py`, `eval_pope.py`, `scripts/convert_*.py`, and MME's `convert_answer_to_mme.py`.
 
 Key = Hashable | None
@@ -106,16 +106,16 @@ class ByKey:
     """By a key that both have, None where one has none; questions of one key are told apart by their order."""
 
     by: str
-    of_row: Callable[[Prediction], Key]
+    of_prediction: Callable[[Prediction], Key]
     of_example: Callable[[Example], Key]
 
-    def pairs(self, rows: Sequence[Prediction], examples: Sequence[Example]) -> list[str | None]:
-        """Returns the id of each row's question; None where there is none."""
+    def pairs(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> list[str | None]:
+        """Returns the id of each prediction's question; None where there is none."""
         named: defaultdict[Key, list[str]] = defaultdict(list)
         for example in examples:
             named[self.of_example(example)].append(example.id)
         named.pop(None, None)
-        keys = [self.of_row(row) for row in rows]
+        keys = [self.of_prediction(prediction) for prediction in predictions]
         counts = Counter(keys)
         unequal = [key for key, ids in named.items() if len(ids) > 1 and counts[key] not in (0, len(ids))]
         if unequal:
@@ -135,23 +135,23 @@ class ByKey:
 
 @dataclass(frozen=True)
 class ByOrder:
-    """By place, where each row's prompt holds the words of the question at its place; categories in any order."""
+    """By place, where each prompt holds the words of the question at its place; categories in any order."""
 
     by: str
 
-    def pairs(self, rows: Sequence[Prediction], examples: Sequence[Example]) -> list[str | None]:
+    def pairs(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> list[str | None]:
         """See `ByKey`."""
-        questions = [question_in(row.question) for row in rows]
+        questions = [question_in(prediction.question) for prediction in predictions]
         categories: defaultdict[str, list[Example]] = defaultdict(list)
         for example in examples:
             categories[str(example.extra.get("category"))].append(example)
-        if len(rows) != len(examples) or not all(questions) or len(categories) > 4:  # 24 orders are tried
-            return [None] * len(rows)
+        if len(predictions) != len(examples) or not all(questions) or len(categories) > 4:  # 24 orders are tried
+            return [None] * len(predictions)
         orders = [[example for name in names for example in categories[name]] for names in permutations(categories)]
         fitting = [order for order in orders if [plain(example.question) for example in order] == questions]
         if len(fitting) > 1:
             raise UserError(f"the answers fit the questions in {len(fitting)} orders of their categories; give ids")
-        return [example.id for example in fitting[0]] if fitting else [None] * len(rows)
+        return [example.id for example in fitting[0]] if fitting else [None] * len(predictions)
 
 
 def question_in(prompt: str) -> str:
@@ -169,45 +169,48 @@ def plain(question: str) -> str:
 
 
 def match_predictions(
-    benchmark: Benchmark, examples: Sequence[Example], rows: Sequence[Prediction], *, path: Path, questions: Path
+    benchmark: Benchmark, examples: Sequence[Example], predictions: Sequence[Prediction], *, path: Path, questions: Path
 ) -> Predictions:
-    """Returns the rows of another tool's file by their questions' ids, as the benchmark's files name these."""
+    """Returns the predictions of another tool's file by their questions' ids, as the benchmark's files name these."""
     matches: dict[str, list[str | None]] = {}
     unclear: list[str] = []
-    for way in (ByKey("id", lambda row: row.id, lambda example: example.id), *benchmark.joins):
+    for way in (ByKey("id", lambda prediction: prediction.id, lambda example: example.id), *benchmark.joins):
         try:
-            matches[way.by] = way.pairs(rows, examples)
+            matches[way.by] = way.pairs(predictions, examples)
         except UserError as error:
             unclear.append(str(error))
-    counts = {by: len(rows) - names.count(None) for by, names in matches.items()}
+    counts = {by: len(predictions) - names.count(None) for by, names in matches.items()}
     most = max(counts.values())
     if not most:
         raise UserError(
             f"{path}: {unclear[0]}"
             if unclear
-            else f"{path} ({len(rows)} answers) and {questions} ({len(examples)} questions) have no id in common, "
-            f"looked for by {'; '.join(counts)}; first ids {short_repr(rows[0].id, 40)} and "
+            else f"{path} ({len(predictions)} answers) and {questions} ({len(examples)} questions) have no id in "
+            f"common, looked for by {'; '.join(counts)}; first ids {short_repr(predictions[0].id, 40)} and "
             f"{short_repr(examples[0].id, 40)}; were they made from the same questions?"
         )
     by, *others = [way for way, count in counts.items() if count == most]
     if differing := [other for other in others if matches[other] != matches[by]]:
         raise UserError(
-            f"{path}: {most} of {len(rows)} answers fit a question of {questions} by {by}, and as many fit another "
-            f"one by {differing[0]}; give each answer its question's id"
+            f"{path}: {most} of {len(predictions)} answers fit a question of {questions} by {by}, and as many fit "
+            f"another one by {differing[0]}; give each answer its question's id"
         )
     answers: dict[str, str] = {}
     strangers: dict[str, str] = {}
-    for name, row in zip(matches[by], rows, strict=True):
+    for name, prediction in zip(matches[by], predictions, strict=True):
         if name is None:
-            strangers[row.id] = row.prediction
+            strangers[prediction.id] = prediction.prediction
         else:
-            answer = f"a{row.prediction}" if row.is_number and benchmark.labels_choices else row.prediction
-            if not row.set and answers.setdefault(name, answer) != answer:  # of our own file the later counts
+            is_choice = prediction.is_number and benchmark.labels_choices
+            answer = f"a{prediction.prediction}" if is_choice else prediction.prediction
+            if not prediction.set and answers.setdefault(name, answer) != answer:  # of our own file the later counts
                 twice = f"{short_repr(answers[name])} and {short_repr(answer)}"
-                raise UserError(f"{path}: two answers to {short_repr(row.id)}, {twice}; leave the one that is meant")
+                raise UserError(
+                    f"{path}: two answers to {short_repr(prediction.id)}, {twice}; leave the one that is meant"
+                )
             answers[name] = answer
     return Predictions(
-        rows=[Prediction(id=name, prediction=answer) for name, answer in (strangers | answers).items()],
+        answered=[Prediction(id=name, prediction=answer) for name, answer in (strangers | answers).items()],
         joined_by=by,
         strangers=tuple(strangers),
     )
@@ -232,7 +235,7 @@ class Benchmark:
         submission: the server's file, its name and text; a test split's answers are the publisher's, so it scores.
             Read back by the official rule it gives the score of `modes`.
         submissions: version -> its file, where it is another than `submission`.
-        joins: how rows of the official files name their questions, beside the id.
+        joins: how predictions of the official files name their questions, beside the id.
         labels_choices: answers are "a" and the choice's index, and official files hold only the index.
         chooses: every question has choices, and `extra["correct"]` is what is scored.
         together: examples with equal values are scored as one (rotations of a question, items of a sentence), so that
@@ -341,9 +344,9 @@ def refuse_strangers(name: str, examples: Sequence[Example], answers: AnswersByI
         raise UserError(message)
 
 
-def json_lines(rows: Sequence[Mapping[str, object]]) -> str:
-    """Returns rows as a submission's JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def json_lines(records: Sequence[Mapping[str, object]]) -> str:
+    """Returns records as a submission's JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def published_id(name: str) -> int | str:

@@ -307,22 +307,22 @@ def meteor_of(
 def coco_caption(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes the file of COCO's server, a caption for each image."""
     predictions = _predictions(examples, answers)
-    rows = [{"image_id": published_id(image), "caption": text or ""} for image, text in predictions.items()]
-    return "captions_results.json", json.dumps(rows, ensure_ascii=False)
+    records = [{"image_id": published_id(image), "caption": text or ""} for image, text in predictions.items()]
+    return "captions_results.json", json.dumps(records, ensure_ascii=False)
 
 
 def value_captions(
     examples: Sequence[Example], answers: AnswersById, *, file: str, video_name: str = "vid_name"
 ) -> tuple[str, str]:
     """Writes VALUE's file, a caption a clip in the references' order; YC2C names its video differently."""
-    rows: dict[str, dict[str, object]] = {}
+    entries: dict[str, dict[str, object]] = {}
     predictions = _predictions(examples, answers)
     for example in examples:
         clip, extra = clip_of(example), example.extra
-        row: dict[str, object] = {video_name: extra.get("vid_name", ""), "clip_id": published_id(clip)}
-        row |= {"ts": extra["ts"]} if "ts" in extra else {}
-        rows.setdefault(clip, {**row, "descs": [{"desc": predictions[clip] or ""}]})
-    return file, json_lines(list(rows.values()))
+        entry: dict[str, object] = {video_name: extra.get("vid_name", ""), "clip_id": published_id(clip)}
+        entry |= {"ts": extra["ts"]} if "ts" in extra else {}
+        entries.setdefault(clip, {**entry, "descs": [{"desc": predictions[clip] or ""}]})
+    return file, json_lines(list(entries.values()))
 
 
 tvc = partial(value_captions, file="tvc_test_predictions.jsonl")
@@ -341,7 +341,7 @@ def _benchmark(style: Style, prompt: PromptFunction, submission: Submission, spl
         joins=(
             ByKey(
                 "clip_id or image_id",
-                lambda row: row.id,
+                lambda prediction: prediction.id,
                 lambda example: clip_of(example) if {"clip_id", "image_id"} & example.extra.keys() else None,
             ),
         ),

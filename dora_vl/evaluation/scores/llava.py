@@ -98,7 +98,7 @@ MMVET = Benchmark(
     modes={},
     max_new_tokens=LONG_ANSWER_TOKENS,
     submission=mmvet_submission,
-    joins=(ByKey("number, v1_N", lambda row: f"v1_{row.id}", lambda example: example.id),),
+    joins=(ByKey("number, v1_N", lambda prediction: f"v1_{prediction.id}", lambda example: example.id),),
 )
 
 
@@ -301,8 +301,8 @@ def mme_prompt(example: Example) -> str:
     return f"{example.question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
 
 
-def _mme_row(row: Prediction) -> Key:
-    path, question = REPEATED.sub("", row.id), question_in(row.question)
+def _mme_key(prediction: Prediction) -> Key:
+    path, question = REPEATED.sub("", prediction.id), question_in(prediction.question)
     return (path.partition("/")[0], PurePosixPath(path).stem, question) if question else None
 
 
@@ -316,7 +316,7 @@ MME = Benchmark(
     modes={"": mme_score},
     prompt=mme_prompt,
     together=picture_of,
-    joins=(ByKey("subtask, picture and question", _mme_row, _mme_example),),
+    joins=(ByKey("subtask, picture and question", _mme_key, _mme_example),),
 )
 
 

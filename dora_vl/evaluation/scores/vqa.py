@@ -191,11 +191,11 @@ def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
 
 def vqa_submission(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes EvalAI's file: normalised answers for *all* questions of the split, "" where there is none."""
-    rows = [
+    records = [
         {"question_id": published_id(example.id), "answer": normalise_evalai(answers.get(example.id, ""))}
         for example in examples
     ]
-    return "vqav2.json", json.dumps(rows, ensure_ascii=False)
+    return "vqav2.json", json.dumps(records, ensure_ascii=False)
 
 
 _AFTER, _BEFORE = partial(vqa_score, version="after_2021"), partial(vqa_score, version="before_2021")
@@ -221,9 +221,9 @@ def textvqa_prompt(example: Example) -> str:
     return f"{example.question}\n{line}{SHORT}"
 
 
-def _textvqa_row(row: Prediction) -> Key:
-    question = question_in(row.question)
-    return (REPEATED.sub("", row.id), question) if question else None
+def _textvqa_key(prediction: Prediction) -> Key:
+    question = question_in(prediction.question)
+    return (REPEATED.sub("", prediction.id), question) if question else None
 
 
 TEXTVQA = Benchmark(
@@ -233,7 +233,7 @@ TEXTVQA = Benchmark(
     joins=(
         ByKey(
             "picture and question",
-            _textvqa_row,
+            _textvqa_key,
             lambda example: (str(example.extra.get("image_id")), plain(example.question)),
         ),
     ),
@@ -266,13 +266,15 @@ def vizwiz_prompt(example: Example) -> str:
 def vizwiz_submission(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes EvalAI's file: normalised answers by picture."""
     pictures = {example.id: (example.images or (example.id,))[0].rsplit("/", 1)[-1] for example in examples}
-    rows = [{"image": picture, "answer": normalise_evalai(answers.get(name, ""))} for name, picture in pictures.items()]
-    return "vizwiz.json", json.dumps(rows, ensure_ascii=False)
+    records = [
+        {"image": picture, "answer": normalise_evalai(answers.get(name, ""))} for name, picture in pictures.items()
+    ]
+    return "vizwiz.json", json.dumps(records, ensure_ascii=False)
 
 
-def _number_row(row: Prediction) -> Key:
-    number = parse_digits(row.id)
-    return None if number is None else (number, question_in(row.question))
+def _number_key(prediction: Prediction) -> Key:
+    number = parse_digits(prediction.id)
+    return None if number is None else (number, question_in(prediction.question))
 
 
 def _number_example(example: Example) -> Key:
@@ -288,10 +290,10 @@ VIZWIZ = Benchmark(
     joins=(
         ByKey(
             "picture",
-            lambda row: PurePosixPath(row.ids.get("image", row.id)).name,
+            lambda prediction: PurePosixPath(prediction.ids.get("image", prediction.id)).name,
             lambda example: PurePosixPath(example.images[0]).name if example.images else None,
         ),
-        ByKey("number in the picture's name, and question", _number_row, _number_example),
+        ByKey("number in the picture's name, and question", _number_key, _number_example),
     ),
 )
 
@@ -385,8 +387,8 @@ def gqa_submission(
 ) -> tuple[str, str]:
     """Writes the file of GQA's eval.py and server, answers as the mode converts them."""
     as_held = converted if conversion == "llava" else str
-    rows = [{"questionId": example.id, "prediction": as_held(answers.get(example.id, ""))} for example in examples]
-    return "gqa.json", json.dumps(rows, ensure_ascii=False)
+    records = [{"questionId": example.id, "prediction": as_held(answers.get(example.id, ""))} for example in examples]
+    return "gqa.json", json.dumps(records, ensure_ascii=False)
 
 
 GQA = Benchmark(
@@ -442,8 +444,8 @@ def score_nlvr(examples: Sequence[Example], answers: AnswersById) -> Scored:
 
 def nlvr2_submission(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes the script's CSV; a missing answer stays empty, which is wrong there as it is here."""
-    rows = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines())}" for example in examples]
-    return "nlvr2.csv", "\n".join(rows) + "\n"
+    lines = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines())}" for example in examples]
+    return "nlvr2.csv", "\n".join(lines) + "\n"
 
 
 NLVR = Benchmark(modes={"": score_nlvr}, prompt=true_or_false, together=lambda example: example.id.split("-")[0])
@@ -452,5 +454,7 @@ NLVR2 = Benchmark(
     prompt=true_or_false,
     submission=nlvr2_submission,
     together=lambda example: sentence_of_nlvr2(example.id),
-    joins=(ByKey("identifier without .png", lambda row: row.id.removesuffix(".png"), lambda example: example.id),),
+    joins=(
+        ByKey("identifier without .png", lambda answer: answer.id.removesuffix(".png"), lambda example: example.id),
+    ),
 )

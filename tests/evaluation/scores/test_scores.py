@@ -191,7 +191,7 @@ def of_answers(name: str, score: Scorer, examples: Sequence[Example], texts: Seq
     rows = [Prediction(id=example.id, prediction=text) for example, text in zip(examples[:-1], texts, strict=False)]
     of_caption = "clip_id" in examples[0].extra
     item = caption.clip_of if of_caption else lambda example: example.id
-    return scored(TestSet(name=name, examples=examples, score=score, item=item), Predictions(rows=rows))
+    return scored(TestSet(name=name, examples=examples, score=score, item=item), Predictions(answered=rows))
 
 
 def everything() -> Iterator[Tested]:
