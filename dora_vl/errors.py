@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     # It looks for a kernel of the hub's at import; its own way on a CPU does the same.
@@ -229,34 +229,52 @@ _OF_THE_SYSTEM = {
 def ended_by_signals(*numbers: signal.Signals) -> Iterator[None]:
     """Ends the block with one line and status 130 on Ctrl-C, 143 on SIGTERM, once what it opened is closed.
 
-    Libraries make errors of their own of an interruption: any error after a signal counts as its work. Forked children
-    end at once.
+    Libraries make errors of their own of an interruption, or lose it: any end after a signal counts as its work, and
+    one that is lost in a place where Python ignores errors (`__del__`, a weakref's callback) is sent again. Forked
+    children end at once.
     """
     received: list[int] = []
-    process = os.getpid()
+    process, ended = os.getpid(), threading.Event()
 
     def note(number: int, _: object) -> None:
         if os.getpid() != process:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
+        if len(received) == 1:
+            threading.Thread(target=_send_again, args=(number, ended), daemon=True).start()
         raise KeyboardInterrupt
 
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
     before = {number: signal.signal(number, note) for number in heard} if in_main else {}
     try:
-        yield
-    except BaseException as error:
-        if not received and not isinstance(error, KeyboardInterrupt):
-            raise
-        number = signal.Signals([*received, signal.SIGINT][0])
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}\n")
-        sys.exit(128 + number)  # as shells count it
+        try:
+            yield
+        except BaseException as error:
+            if not received and not isinstance(error, KeyboardInterrupt):
+                raise
+            received.append(signal.SIGINT)
+        if received:
+            _exit_by(signal.Signals(received[0]))
     finally:
+        ended.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _send_again(number: int, ended: threading.Event) -> None:
+    """Sends a signal again as long as the main thread goes on as if none had come."""
+    main_thread = cast(int, threading.main_thread().ident)
+    while not ended.wait(1):
+        if sys._current_exceptions().get(main_thread) in (None, (None, None, None)):  # no error is on its way out
+            os.kill(os.getpid(), number)
+
+
+def _exit_by(number: signal.Signals) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}\n")
+    sys.exit(128 + number)  # as shells count it
 
 
 def exit_on_user_error(main: Callable[Inputs, Returned]) -> Callable[Inputs, Returned]:

@@ -194,6 +194,33 @@ def test_whatever_is_imported(run_folder: Path, number: signal.Signals, module: 
     assert (process.returncode, errors) == (128 + number, LINES[number] + "\n")
 
 
+LOST = """
+import os, signal, sys, time
+from dora_vl.errors import exit_on_user_error
+class Released:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        for _ in range(9):
+            pass
+@exit_on_user_error
+def main():
+    Released()
+    while sys.argv[2] == "waits":
+        time.sleep(0.1)
+main()
+"""
+
+
+@pytest.mark.parametrize("number", LINES)
+@pytest.mark.parametrize("then", ["waits", "ends"])
+def test_a_signal_whose_exception_python_ignores(tmp_path: Path, number: signal.Signals, then: str) -> None:
+    process = started(tmp_path, "-c", LOST, int(number), then)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.endswith(LINES[number] + "\n")
+    assert "ignored in" in errors
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", LINES)
 @pytest.mark.parametrize("after", ["records converted", "what trains", "at the fullest moment"])
