@@ -38,8 +38,8 @@ from dora_vl.adapters.files import (
 )
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.inject import apply_dora, refuse_unwritable
-from dora_vl.core.layer import AdaptedLayer, subtract_start
+from dora_vl.core.inject import apply_dora, refuse_unwritable, subtract_start
+from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import Gather, adapted_layers, is_adapted, kept_rows, kept_tensors, no_gather, trained_parts
 from dora_vl.errors import UserError, short_names

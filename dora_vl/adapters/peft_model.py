@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
-from dora_vl.core.gain import CountedParameter, count_edits
+from dora_vl.core.layer import CountedParameter, count_edits
 from dora_vl.errors import UserError
 
 try:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
+from dora_vl.core.gain import gain_of
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.strength import AppliedAdapter, GainByStrength, layer_between
 from dora_vl.shapes import Float, Int
@@ -135,7 +136,7 @@ class SlotChange:
         """Takes over the change that an adapted linear layer makes; its norm comes from the layer's own product."""
         (rows, columns), like = layer.matrix_shape(), layer.weight
         a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
-        full = layer.gain()
+        full = gain_of(layer)
         minus_one = None if full is None else (full - 1).to(dtype)
         scaled_b = (b.to(dtype) * layer.adapter.scale).t().contiguous()
         return cls(a.to(dtype).contiguous(), scaled_b, minus_one, GainByStrength.of(layer))

@@ -181,6 +181,11 @@ class DoRAConfig(AdapterSettings):
         return replace(self, rank=rank, alpha=alpha, method=method, rank_pattern={})
 
     @property
+    def drops_whole_change(self) -> bool:
+        """Tells whether training takes a second product of W, since dropout is on the input of (g - 1) W x as well."""
+        return self.method in ("dora", "dvora") and self.dropout > 0 and self.dropout_mode == "whole_change"
+
+    @property
     def scale(self) -> float:
         """Returns s, the factor of B A; DVoRA has 1, since its vectors take the place of a scale."""
         if self.method == "dvora":

@@ -1,112 +1,111 @@
-"""Tells whether a value that a layer has cached, such as its gain, is still valid for its tensors.
-
-A gain is computed once per optimizer step and read in every pass. It becomes invalid after an optimizer step, after any
-edit, and when a tensor is replaced. Two signals are needed, since neither sees everything. A parameter's `_version` and
-`data_ptr` stay the same under DeepSpeed ZeRO 0-3 when the engine updates it (measured); torch's optimizer post-hook
-fires at every step of every optimizer, DeepSpeed's included (checked under ZeRO 1, 2, 3), and needs no Trainer.
-Everything else is an edit, which torch counts in the tensor's version, or another tensor. Torch does not count what
-goes through a parameter's `.data`: `CountedParameter` does, which every parameter becomes that a value is cached from.
-"""
+"""The norm n and the gain g of an adapted layer: in eager passes, with a gradient, and in a graph."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
-from functools import cache
+import math
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
+
+from dora_vl.core import functional
+from dora_vl.core.layer import FROZEN, AdaptedLayer, is_traced
+from dora_vl.core.step import Gain
+from dora_vl.shapes import Float, Int
 
 
-class OptimizerSteps:
-    """Optimizer steps of this process, counted from the call of `watch_optimizers` on."""
-
-    count = 0
-
-
-@cache
-def watch_optimizers() -> None:
-    """Starts counting; called by the first adapted layer, so that importing changes nothing."""
-
-    def advance(*_: object) -> None:
-        OptimizerSteps.count += 1
-
-    register_optimizer_step_post_hook(advance)
+def kept_norms(layer: AdaptedLayer) -> Float[Tensor, "*experts out"]:
+    """Returns n without a gradient, computed once per optimizer step."""
+    return layer.cached("norms", layer.compute_norms)
 
 
-SHARD_MARKS = frozenset({"ds_status", "_fsdp_flattened"})
-"""DeepSpeed ZeRO-3 and FSDP1 replace `.data` of parameters with these attributes at every pass, values unchanged."""
+def norms_with_grad(layer: AdaptedLayer) -> Float[Tensor, "*experts out"]:
+    """Computes n with its gradient in A and B; rows that cancel are computed from the dense V."""
+    frozen, factors = layer.weight_norms_squared(), layer.factors()
+    if factors is None:
+        return functional.safe_sqrt(frozen)
+    with functional.without_autocast(layer.weight.device):
+        squared = factored_norms_squared(layer, frozen)
+        norms, cancelled = functional.direction_norms(frozen.flatten(), squared.flatten())
+        if cancelled.numel():
+            dense = _dense_rows(layer, cancelled, *factors)
+            norms = norms.index_copy(0, cancelled, functional.safe_sqrt(dense.square().sum(dim=1)))
+    return norms.view_as(frozen)
 
 
-class CountedParameter(nn.Parameter):
-    """A parameter whose edits through `.data` count; a plain one becomes it, and stays the object that others hold.
+def factored_norms_squared(layer: AdaptedLayer, frozen: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
+    """Computes n^2 from ||W||^2 and the factors, with its gradient; exact except for rows that cancel."""
+    a, b = cast("tuple[Tensor, Tensor]", layer.factors())
+    return functional.factored_norms_squared(frozen, a, b, layer.frozen_product(a), layer.adapter.scale)
 
-    A momentum teacher is kept by `p.data.mul_().add_()`, averaged weights are swapped in by `p.data.copy_`, weights are
-    synchronised and loaded by it, hand-written optimizers step by `p.data.add_`, and `vector_to_parameters` assigns
-    `p.data`. No torch counter moves for any of them.
+
+def _dense_rows(layer: AdaptedLayer, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
+    """Computes the rows of V at these indices, counted over all experts."""
+    weight, scale = layer.frozen_matrix(), layer.adapter.scale
+    if not layer.experts:
+        return functional.dense_direction(weight[index], a, b[index], scale)
+    size = weight.shape[1]
+    parts = [(expert, index[index // size == expert] % size) for expert in (index // size).unique().tolist()]
+    return torch.cat([functional.dense_direction(weight[e, rows], a[e], b[e, rows], scale) for e, rows in parts])
+
+
+def gain_of(layer: AdaptedLayer) -> Float[Tensor, "*experts out"] | None:
+    """Computes g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
+    if layer.magnitude is None:
+        return None
+    if is_traced():
+        norms = _traced_norms(layer)
+    else:
+        norms = kept_norms(layer) if layer.adapter.detach_norm else norms_with_grad(layer)
+    return functional.gain(layer.magnitude, norms)
+
+
+def current_gain(layer: AdaptedLayer, dtype: torch.dtype) -> Gain:
+    """Returns the gain without a gradient for activations of a dtype, computed once per optimizer step."""
+
+    def compute() -> Gain:
+        numbers = math.prod(layer.matrix_shape())
+        return functional.gains(cast(Tensor, layer.magnitude), layer.compute_norms(), dtype, numbers)
+
+    return layer.cached("gain", compute, dtype)
+
+
+def operands(layer: AdaptedLayer, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Returns A and B, and g - 1, with their gradients, in the activations' dtype."""
+    factors, gain = layer.factors(), gain_of(layer)
+    factors = None if factors is None else (factors[0].to(dtype), factors[1].to(dtype))
+    return factors, None if gain is None else (gain - 1).to(dtype)
+
+
+def operands_without_graph(layer: AdaptedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Gain | None]:
+    """Returns A, B and the gain for activations of a dtype; keeps them in eval, so that decoding casts nothing."""
+
+    def compute() -> tuple[Tensor, Tensor, Gain | None]:
+        a, b = cast("tuple[Tensor, Tensor]", layer.factors())
+        return a.to(dtype), b.to(dtype), None if layer.magnitude is None else current_gain(layer, dtype)
+
+    return compute() if layer.training else layer.cached("operands", compute, dtype)
+
+
+def _traced_norms(layer: AdaptedLayer) -> Float[Tensor, "*experts out"]:
+    """Computes n by plain operations and an opaque one, in every pass of a graph, so that it is never stale.
+
+    Rows that cancel of a layer whose weight cannot be read are not taken dense here.
     """
-
-    data_replaced = 0
-    """Counts how often `.data` was assigned."""
-
-    @property
-    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Returns the values, without a graph and with this parameter's count of edits."""
-        return self.detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        torch.Tensor.data.__set__(self, value)  # pyright: ignore[reportAttributeAccessIssue]
-        self.data_replaced += 1
-
-
-def count_edits(tensors: Iterable[Tensor | None], *, counted: bool = True) -> None:
-    """Counts edits through `.data` of the plain parameters among some tensors from now on, or no longer."""
-    before, after = (nn.Parameter, CountedParameter) if counted else (CountedParameter, nn.Parameter)
-    for tensor in tensors:
-        if type(tensor) is before:
-            tensor.__class__ = after  # pyright: ignore[reportAttributeAccessIssue] - one is a kind of the other
-
-
-def edits_of(tensor: Tensor) -> tuple[int, int]:
-    """Returns what an edit changes: the count of in-place edits, a shard's too, and what `p.data = ...` replaces.
-
-    Tensors made under `inference_mode` count none.
-    """
-    if tensor.is_inference():
-        return -1, 0
-    local = getattr(tensor, "_local_tensor", None)  # what `dcp.load` and `to_local()` write to under a `DTensor`
-    if local is not None:
-        return tensor._version + local._version, 0
-    if isinstance(tensor, CountedParameter) and SHARD_MARKS.isdisjoint(vars(tensor)):
-        return tensor._version, tensor.data_replaced
-    return tensor._version, 0
-
-
-class Snapshot:
-    """The state of the tensors, and whatever else, that a value was computed from.
-
-    The tensors are held weakly and compared as objects: an address or an `id` may come again, and another tensor may
-    have the same version.
-    """
-
-    __slots__ = ("_also", "_edits", "_tensors")
-
-    def __init__(self, tensors: Iterable[Tensor | None], *also: object) -> None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        count_edits(present)
-        self._tensors = [weakref.ref(tensor) for tensor in present]
-        self._edits = [edits_of(tensor) for tensor in present]
-        self._also = also
-
-    def holds(self, tensors: Iterable[Tensor | None], *also: object) -> bool:
-        """Tells whether these are the same tensors, unchanged, and the rest is equal."""
-        if self._also != also:
-            return False
-        present = [tensor for tensor in tensors if tensor is not None]
-        return (
-            len(present) == len(self._tensors)
-            and all(ref() is tensor for ref, tensor in zip(self._tensors, present, strict=True))
-            and self._edits == [edits_of(tensor) for tensor in present]
+    factors, detached = layer.factors(), layer.adapter.detach_norm
+    # Not what eager passes keep, since no graph sees that W was edited; a quantised weight stays as it is.
+    recompute = layer.weight_is_readable or FROZEN not in layer.kept
+    squared = layer.frozen_norms_squared() if recompute else layer.kept[FROZEN][0]
+    if factors is None:
+        return functional.safe_sqrt(squared)
+    with functional.without_autocast(layer.weight.device):
+        live = (
+            None
+            if layer.weight_is_readable and detached
+            else functional.safe_sqrt(factored_norms_squared(layer, squared))
         )
+        if not layer.weight_is_readable and live is not None:
+            return live.detach() if detached else live
+        weight, (a, b) = layer.as_matrix(layer.weight).detach(), factors
+        norms = functional.norms_in_graph(weight, squared, a.detach(), b.detach(), layer.adapter.scale)
+        return norms if live is None else norms + (live - live.detach())

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
-from dora_vl.core.gain import count_edits
-from dora_vl.core.layer import AdaptedLayer, subtract_start
+from dora_vl.core.gain import norms_with_grad
+from dora_vl.core.layer import AdaptedLayer, count_edits
 from dora_vl.core.linear import DoRALinear, TransposedLinear
 from dora_vl.core.other_layers import (
     SCALED_EMBEDDINGS,
@@ -144,11 +144,10 @@ class DVoRALinear(DoRALinear):
         super().__init__(base, config)
 
     def create_parameters(self) -> None:
-        """Creates d = 0.1, b = 0 and the magnitude: nothing changes yet."""
+        """Creates d = 0.1 and b = 0: nothing changes yet."""
         dtype, device = functional.accumulation_dtype(self.weight.dtype), self.weight.device
         self.lambda_d = nn.Parameter(torch.full((self.adapter.rank,), START_OF_D, dtype=dtype, device=device))
         self.lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device))
-        self.create_magnitude()
 
     def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
         """Returns A, and B with both vectors folded in."""
@@ -215,7 +214,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         for layer in pissa.values():
             subtract_start(layer, cast(Tensor, layer.lora_A), cast(Tensor, layer.lora_B))
             if layer.magnitude is not None:  # the norm of what is left and what was taken
-                layer.magnitude.copy_(layer.norms_with_grad())
+                layer.magnitude.copy_(norms_with_grad(layer))
     return names
 
 
@@ -226,14 +225,32 @@ def _disable_fused_encoders(model: nn.Module) -> None:
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # a layer's, and an encoder's
 
 
+@torch.no_grad()
 def _start_from_weight(name: str, layer: AdaptedLayer) -> None:
+    """Gives A and B the principal factors of W, so that s B A is nearest to it at that rank; W stays as it is.
+
+    Its singular values are shared evenly (PiSSA, arXiv 2404.02948).
+    """
+    a, b = cast("tuple[Tensor, Tensor]", (layer.lora_A, layer.lora_B))
     rank, shape = layer.adapter.rank, layer.matrix_shape()
     if rank > min(shape):
         raise UserError(f"init: pissa: {name} has rank {rank}, above the smaller side of its weight {list(shape)}")
     try:
-        layer.start_from(layer.frozen_matrix())
+        left, singular, right = torch.linalg.svd(layer.frozen_matrix().detach().to(a.dtype), full_matrices=False)
     except torch.linalg.LinAlgError as error:
         raise UserError(f"init: pissa: {name}'s weight has no singular vectors ({error}); is it damaged?") from error
+    root = (singular[:rank] / layer.adapter.scale).sqrt()
+    a.copy_((root.unsqueeze(1) * right[:rank]).view_as(a))
+    b.copy_((left[:, :rank] * root).view_as(b))
+
+
+def subtract_start(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
+    """Subtracts s B A from the frozen weight and remembers A and B, which the adapter folder then needs as well."""
+    weight = layer.as_matrix(layer.weight)
+    residual = functional.dense_direction(weight, a.flatten(1), b.flatten(1), -layer.adapter.scale)
+    layer.weight.copy_(layer.from_matrix(residual).to(layer.weight.dtype))
+    layer.register_buffer("start_A", a.detach().clone(), persistent=False)
+    layer.register_buffer("start_B", b.detach().clone(), persistent=False)
 
 
 def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
@@ -302,14 +319,35 @@ def merge_dora(model: nn.Module, *, keep_base: bool = True) -> None:
     for name, layer in layers.items():
         layer.refuse_merging(name)
     _refuse_shared_weights(model, layers, "merging would change both")
-    for layer in layers.values():
-        layer.merge(keep_base=keep_base)
+    with torch.no_grad():
+        for layer in layers.values():
+            if not layer.merged:
+                layer.base_weight = layer.weight.detach().clone() if keep_base else None
+                layer.weight.copy_(layer.from_matrix(_merged_matrix(layer)))
+                layer.merged = True
+
+
+def _merged_matrix(layer: AdaptedLayer) -> Float[Tensor, "*experts out in_"]:
+    """Computes W' of the adapter as it is now, of experts one at a time."""
+    weight, (a, b) = layer.as_matrix(layer.weight), layer.factors() or (None, None)
+    if not layer.experts:
+        return functional.merged_weight(weight, a, b, layer.magnitude, layer.adapter.scale)
+    nothing = [None] * layer.experts
+    tensors = (nothing if tensor is None else tensor for tensor in (a, b, layer.magnitude))
+    experts = zip(weight, *tensors, strict=True)
+    return torch.stack([functional.merged_weight(*expert, layer.adapter.scale) for expert in experts])
 
 
 def unmerge_dora(model: nn.Module) -> None:
     """Takes every adapter out of its layer's weight again, bit by bit."""
-    for _, layer in adapted_layers(model):
-        layer.unmerge()
+    layers = [layer for _, layer in adapted_layers(model) if layer.merged]
+    if any(layer.base_weight is None for layer in layers):
+        raise RuntimeError("the base weight was not kept when merging; load the base model again")
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(cast(Tensor, layer.base_weight))
+            layer.base_weight, layer.merged = None, False
+            layer.forget_norms()
 
 
 def strip_adapters(model: nn.Module) -> None:

@@ -1,20 +1,29 @@
-"""The base class of adapted layers: A, B and magnitude, when the norm is computed, and how the adapter merges."""
+"""The base class of adapted layers: A, B and magnitude, and what a layer keeps between passes.
+
+A gain is computed once per optimizer step and read in every pass. It becomes invalid after an optimizer step, after any
+edit, and when a tensor is replaced. Two signals are needed, since neither sees everything. A parameter's `_version` and
+`data_ptr` stay the same under DeepSpeed ZeRO 0-3 when the engine updates it (measured); torch's optimizer post-hook
+fires at every step of every optimizer, DeepSpeed's included (checked under ZeRO 1, 2, 3), and needs no Trainer.
+Everything else is an edit, which torch counts in the tensor's version, or another tensor. Torch does not count what
+goes through a parameter's `.data`: `CountedParameter` does, which every parameter becomes that a value is kept from.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.gain import OptimizerSteps, Snapshot, count_edits, watch_optimizers
-from dora_vl.core.step import Gain
-from dora_vl.shapes import Float, Int
+from dora_vl.shapes import Float
 
 
 def is_traced() -> bool:
@@ -22,23 +31,97 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def principal_factors(
-    matrix: Float[Tensor, "out in_"], rank: int, scale: float
-) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
-    """Returns A and B such that s B A approximates `matrix` best at that rank, its singular values shared evenly."""
-    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = (singular[:rank] / scale).sqrt()
-    return root.unsqueeze(1) * right[:rank], left[:, :rank] * root
+class OptimizerSteps:
+    """Optimizer steps of this process, counted from the call of `watch_optimizers` on."""
+
+    count = 0
 
 
-def subtract_start(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
-    """Subtracts s B A from the frozen weight and remembers A and B, which the adapter folder then needs as well."""
-    residual = functional.dense_direction(
-        layer.as_matrix(layer.weight), a.flatten(1), b.flatten(1), -layer.adapter.scale
-    )
-    layer.weight.copy_(layer.from_matrix(residual).to(layer.weight.dtype))
-    layer.register_buffer("start_A", a.detach().clone(), persistent=False)
-    layer.register_buffer("start_B", b.detach().clone(), persistent=False)
+@cache
+def watch_optimizers() -> None:
+    """Starts counting; called by the first adapted layer, so that importing changes nothing."""
+
+    def advance(*_: object) -> None:
+        OptimizerSteps.count += 1
+
+    register_optimizer_step_post_hook(advance)
+
+
+SHARD_MARKS = frozenset({"ds_status", "_fsdp_flattened"})
+"""DeepSpeed ZeRO-3 and FSDP1 replace `.data` of parameters with these attributes at every pass, values unchanged."""
+
+
+class CountedParameter(nn.Parameter):
+    """A parameter whose edits through `.data` count; a plain one becomes it, and stays the object that others hold.
+
+    A momentum teacher is kept by `p.data.mul_().add_()`, averaged weights are swapped in by `p.data.copy_`, weights are
+    synchronised and loaded by it, hand-written optimizers step by `p.data.add_`, and `vector_to_parameters` assigns
+    `p.data`. No torch counter moves for any of them.
+    """
+
+    data_replaced = 0
+    """Counts how often `.data` was assigned."""
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Returns the values, without a graph and with this parameter's count of edits."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # pyright: ignore[reportAttributeAccessIssue]
+        self.data_replaced += 1
+
+
+def count_edits(tensors: Iterable[Tensor | None], *, counted: bool = True) -> None:
+    """Counts edits through `.data` of the plain parameters among some tensors from now on, or no longer."""
+    before, after = (nn.Parameter, CountedParameter) if counted else (CountedParameter, nn.Parameter)
+    for tensor in tensors:
+        if type(tensor) is before:
+            tensor.__class__ = after  # pyright: ignore[reportAttributeAccessIssue] - one is a kind of the other
+
+
+def edits_of(tensor: Tensor) -> tuple[int, int]:
+    """Returns what an edit changes: the count of in-place edits, a shard's too, and what `p.data = ...` replaces.
+
+    Tensors made under `inference_mode` count none.
+    """
+    if tensor.is_inference():
+        return -1, 0
+    local = getattr(tensor, "_local_tensor", None)  # what `dcp.load` and `to_local()` write to under a `DTensor`
+    if local is not None:
+        return tensor._version + local._version, 0
+    if isinstance(tensor, CountedParameter) and SHARD_MARKS.isdisjoint(vars(tensor)):
+        return tensor._version, tensor.data_replaced
+    return tensor._version, 0
+
+
+class Snapshot:
+    """The state of the tensors, and whatever else, that a value was computed from.
+
+    The tensors are held weakly and compared as objects: an address or an `id` may come again, and another tensor may
+    have the same version.
+    """
+
+    __slots__ = ("_also", "_edits", "_tensors")
+
+    def __init__(self, tensors: Iterable[Tensor | None], *also: object) -> None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        count_edits(present)
+        self._tensors = [weakref.ref(tensor) for tensor in present]
+        self._edits = [edits_of(tensor) for tensor in present]
+        self._also = also
+
+    def holds(self, tensors: Iterable[Tensor | None], *also: object) -> bool:
+        """Tells whether these are the same tensors, unchanged, and the rest is equal."""
+        if self._also != also:
+            return False
+        present = [tensor for tensor in tensors if tensor is not None]
+        return (
+            len(present) == len(self._tensors)
+            and all(ref() is tensor for ref, tensor in zip(self._tensors, present, strict=True))
+            and self._edits == [edits_of(tensor) for tensor in present]
+        )
 
 
 FROZEN = "||W||^2"
@@ -81,51 +164,32 @@ class AdaptedLayer(nn.Module):
         self._replaced = (base,)
         self.merged = False
         self.training = base.training
-        self._base_weight: Tensor | None = None
-        self._kept: dict[str, tuple[Any, Snapshot]] = {}
+        self.base_weight: Tensor | None = None  # a copy of W while the adapter is merged
+        self.kept: dict[str, tuple[Any, Snapshot]] = {}
         self.weight.requires_grad_(False)
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.magnitude: nn.Parameter | None = None
         self.create_parameters()
+        with torch.no_grad():
+            if config.method != "lora":  # by the arithmetic that will compute n, so that g is 1 to the last bit
+                self.magnitude = nn.Parameter(functional.safe_sqrt(self.weight_norms_squared()).clone())
         count_edits(self.tensors())
 
     @torch.no_grad()
     def create_parameters(self) -> None:
-        """Creates A and B with B A = 0 as `adapter.init` says (`pissa`: A is 0 until `start_from`), and magnitudes."""
-        if self.adapter.method != "magnitude":
-            shape_A, shape_B = self.factor_shapes(self.adapter.rank)
-            dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
-            self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
-            self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
-            if device.type != "meta":
-                self._init_factor_a(self.lora_A)
-        self.create_magnitude()
-
-    def _init_factor_a(self, lora_A: Tensor) -> None:
-        for matrix in lora_A if self.experts else [lora_A]:
+        """Creates A and B with B A = 0 as `adapter.init` says; with `pissa` A is 0 until `apply_dora` sets both."""
+        if self.adapter.method == "magnitude":
+            return
+        shape_A, shape_B = self.factor_shapes(self.adapter.rank)
+        dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
+        self.lora_A = nn.Parameter(torch.zeros(shape_A, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
+        for matrix in () if device.type == "meta" else self.lora_A if self.experts else [self.lora_A]:
             if self.adapter.init == "kaiming":
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
             elif self.adapter.init == "gaussian":
                 nn.init.normal_(matrix, std=1 / self.adapter.rank)
-            else:
-                nn.init.zeros_(matrix)
-
-    @torch.no_grad()
-    def create_magnitude(self) -> None:
-        """Creates m = ||V|| by the same arithmetic that will compute n, so that g is 1 to the last bit."""
-        if self.adapter.method != "lora":
-            self.magnitude = nn.Parameter(functional.safe_sqrt(self.weight_norms_squared()).clone())
-
-    @torch.no_grad()
-    def start_from(self, matrix: Float[Tensor, "out in_"]) -> None:
-        """Gives A and B the principal factors of a matrix; no frozen weight changes."""
-        assert self.lora_A is not None
-        assert self.lora_B is not None
-        matrix = matrix.detach().to(self.lora_A.dtype)
-        start_A, start_B = principal_factors(matrix, self.adapter.rank, self.adapter.scale)
-        self.lora_A.copy_(start_A.view_as(self.lora_A))
-        self.lora_B.copy_(start_B.view_as(self.lora_B))
 
     # -- what a kind of layer says about itself --------------------------------------------------------------
 
@@ -150,12 +214,6 @@ class AdaptedLayer(nn.Module):
         """Returns the magnitude's shape in the adapter file (PEFT's); it is [out] in memory."""
         return (self.matrix_shape()[0],)
 
-    def drops_whole_change(self) -> bool:
-        """Tells whether training takes a second product of W, since dropout is on the input of (g - 1) W x as well."""
-        adapter = self.adapter
-        has_both = self.magnitude is not None and adapter.method != "magnitude"
-        return has_both and adapter.dropout > 0 and adapter.dropout_mode == "whole_change"
-
     def setting_beyond_peft(self) -> str | None:
         """Names a setting of the layer that PEFT's low-rank path leaves out, which would change its result."""
         return None
@@ -170,7 +228,7 @@ class AdaptedLayer(nn.Module):
 
     def frozen_matrix(self) -> Float[Tensor, "*experts out in_"]:
         """Returns W as it was before a merge; a quantised layer computes it at each call."""
-        return self.as_matrix(self.weight if self._base_weight is None else self._base_weight)
+        return self.as_matrix(self.weight if self.base_weight is None else self.base_weight)
 
     def frozen_product(self, rows: Float[Tensor, "*experts rows in_"]) -> Float[Tensor, "*experts out rows"]:
         """Computes W A^T of rows A, without the bias: all that the norm needs to know of W."""
@@ -183,7 +241,7 @@ class AdaptedLayer(nn.Module):
 
     def frozen_tensors(self) -> list[Tensor | None]:
         """Lists the tensors that W is made of."""
-        return [self.weight if self._base_weight is None else self._base_weight, self._shards.get("weight")]
+        return [self.weight if self.base_weight is None else self.base_weight, self._shards.get("weight")]
 
     # -- what is cached between passes -----------------------------------------------------------------------
 
@@ -203,19 +261,19 @@ class AdaptedLayer(nn.Module):
     def cached(self, name: str, compute: Callable[[], Value], *depends_on: object) -> Value:
         """Caches a value without a gradient until the layer's tensors, settings, `depends_on` or the step change."""
         tensors, depends_on = self.tensors(), (OptimizerSteps.count, self.adapter, *depends_on)
-        value, snapshot = self._kept.get(name, (None, None))
+        value, snapshot = self.kept.get(name, (None, None))
         if snapshot is None or not snapshot.holds(tensors, *depends_on):
             with torch.no_grad():
                 value = compute()
-            self._kept[name] = value, Snapshot(tensors, *depends_on)
+            self.kept[name] = value, Snapshot(tensors, *depends_on)
         return cast(Value, value)
 
     def weight_norms_squared(self) -> Float[Tensor, "*experts out"]:
         """Returns ||W_i||^2 in float32, computed once, since W is frozen, and again after an edit."""
         tensors = self.frozen_tensors()
-        if FROZEN not in self._kept or not self._kept[FROZEN][1].holds(tensors):
-            self._kept[FROZEN] = self.frozen_norms_squared(), Snapshot(tensors)
-        return self._kept[FROZEN][0]
+        if FROZEN not in self.kept or not self.kept[FROZEN][1].holds(tensors):
+            self.kept[FROZEN] = self.frozen_norms_squared(), Snapshot(tensors)
+        return self.kept[FROZEN][0]
 
     def forget_norms(self, *, frozen: bool = False) -> None:
         """Drops what was computed from A, B and the magnitude, after a change that torch does not count.
@@ -224,127 +282,23 @@ class AdaptedLayer(nn.Module):
         step; pass `frozen=True` if W itself was changed that way.
         """
         stay = () if frozen else (FROZEN,)
-        self._kept = {name: value for name, value in self._kept.items() if name in stay}
-
-    # -- norm and gain ---------------------------------------------------------------------------------------
-
-    def norms(self) -> Float[Tensor, "*experts out"]:
-        """Returns n without a gradient, computed once per optimizer step."""
-        return self.cached("norms", self.compute_norms)
+        self.kept = {name: value for name, value in self.kept.items() if name in stay}
 
     def compute_norms(self) -> Float[Tensor, "*experts out"]:
         """Computes n without a gradient."""
         factors, squared = self.factors(), self.weight_norms_squared()
         if factors is None:
             return functional.safe_sqrt(squared)
+        operands = self.frozen_matrix().detach(), squared, *factors
         with functional.without_autocast(self.weight.device):
-            return functional.norms(self.frozen_matrix().detach(), squared, *factors, self.adapter.scale)
-
-    def norms_with_grad(self) -> Float[Tensor, "*experts out"]:
-        """Computes n with its gradient in A and B; rows that cancel are computed from the dense V."""
-        frozen, factors = self.weight_norms_squared(), self.factors()
-        if factors is None:
-            return functional.safe_sqrt(frozen)
-        with functional.without_autocast(self.weight.device):
-            squared = self.factored_norms_squared(frozen)
-            norms, cancelled = functional.direction_norms(frozen.flatten(), squared.flatten())
-            if cancelled.numel():
-                dense = self._dense_rows(cancelled, *factors)
-                norms = norms.index_copy(0, cancelled, functional.safe_sqrt(dense.square().sum(dim=1)))
-        return norms.view_as(frozen)
-
-    def factored_norms_squared(self, frozen: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
-        """Computes n^2 from ||W||^2 and the factors, with its gradient; exact except for rows that cancel."""
-        a, b = cast("tuple[Tensor, Tensor]", self.factors())
-        return functional.factored_norms_squared(frozen, a, b, self.frozen_product(a), self.adapter.scale)
-
-    def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
-        """Computes the rows of V at these indices, counted over all experts."""
-        return functional.dense_direction(self.frozen_matrix()[index], a, b[index], self.adapter.scale)
-
-    def gain(self) -> Float[Tensor, "*experts out"] | None:
-        """Computes g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
-        if self.magnitude is None:
-            return None
-        if is_traced():
-            return functional.gain(self.magnitude, self._traced_norms())
-        return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.norms_with_grad())
-
-    def current_gain(self, dtype: torch.dtype) -> Gain:
-        """Returns the gain without a gradient for activations of a dtype, computed once per optimizer step."""
-
-        def compute() -> Gain:
-            numbers = math.prod(self.matrix_shape())
-            return functional.gains(cast(Tensor, self.magnitude), self.compute_norms(), dtype, numbers)
-
-        return self.cached("gain", compute, dtype)
-
-    def operands(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Returns A and B, and g - 1, with their gradients, in the activations' dtype."""
-        factors, gain = self.factors(), self.gain()
-        factors = None if factors is None else (factors[0].to(dtype), factors[1].to(dtype))
-        return factors, None if gain is None else (gain - 1).to(dtype)
-
-    def operands_without_graph(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Gain | None]:
-        """Returns A, B and the gain for activations of a dtype; keeps them in eval, so that decoding casts nothing."""
-
-        def compute() -> tuple[Tensor, Tensor, Gain | None]:
-            a, b = cast("tuple[Tensor, Tensor]", self.factors())
-            return a.to(dtype), b.to(dtype), None if self.magnitude is None else self.current_gain(dtype)
-
-        return compute() if self.training else self.cached("operands", compute, dtype)
-
-    def _traced_norms(self) -> Float[Tensor, "*experts out"]:
-        """Computes n by plain operations and an opaque one, in every pass of a graph, so that it is never stale.
-
-        Rows that cancel of a layer whose weight cannot be read are not taken dense here.
-        """
-        factors, detached = self.factors(), self.adapter.detach_norm
-        # Not what eager passes keep, since no graph sees that W was edited; a quantised weight stays as it is.
-        recompute = self.weight_is_readable or FROZEN not in self._kept
-        squared = self.frozen_norms_squared() if recompute else self._kept[FROZEN][0]
-        if factors is None:
-            return functional.safe_sqrt(squared)
-        with functional.without_autocast(self.weight.device):
-            if self.weight_is_readable and detached:
-                weight, (a, b) = self.as_matrix(self.weight).detach(), factors
-                return functional.norms_in_graph(weight, squared, a.detach(), b.detach(), self.adapter.scale)
-            live = functional.safe_sqrt(self.factored_norms_squared(squared))
-            if not self.weight_is_readable:
-                return live.detach() if detached else live
-            weight, (a, b) = self.as_matrix(self.weight).detach(), factors
-            norms = functional.norms_in_graph(weight, squared, a.detach(), b.detach(), self.adapter.scale)
-            return norms + (live - live.detach())
-
-    # -- merging ---------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def merge(self, *, keep_base: bool = True) -> None:
-        """Folds the adapter into `weight`, computed in float32; with `keep_base`, `unmerge` restores it bit by bit."""
-        if self.merged:
-            return
-        self._base_weight = self.weight.detach().clone() if keep_base else None
-        self.weight.copy_(self.from_matrix(self.merged_matrix()))
-        self.merged = True
-
-    def merged_matrix(self) -> Float[Tensor, "*experts out in_"]:
-        """Computes W' of the adapter as it is now."""
-        a, b = self.factors() or (None, None)
-        return functional.merged_weight(self.as_matrix(self.weight), a, b, self.magnitude, self.adapter.scale)
+            if not self.experts:
+                return functional.norms(*operands, self.adapter.scale)
+            return torch.stack(
+                [functional.norms(*expert, self.adapter.scale) for expert in zip(*operands, strict=True)]
+            )
 
     def refuse_merging(self, name: str) -> None:
         """Raises a `UserError` that names the layer where `weight` cannot hold merged values."""
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts the base weight back."""
-        if not self.merged:
-            return
-        if self._base_weight is None:
-            raise RuntimeError("the base weight was not kept when merging; load the base model again")
-        self.weight.copy_(self._base_weight)
-        self._base_weight, self.merged = None, False
-        self.forget_norms()
 
     def refuse_what_would_not_train(self) -> None:
         """Raises a `RuntimeError` if a merged adapter or the frozen weight should train and would not."""
@@ -400,7 +354,7 @@ class AdaptedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves cached values out of a copy or a pickle, since they are not valid for other tensors."""
-        return {**vars(self), "_kept": {}}
+        return {**vars(self), "kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickled layer may wake in a process where no layer was built, so that nothing counts steps yet.

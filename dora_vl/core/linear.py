@@ -16,6 +16,7 @@ from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
 from dora_vl.core.fast.kernels import kernels_for
+from dora_vl.core.gain import current_gain, operands, operands_without_graph
 from dora_vl.core.layer import AdaptedLayer, is_traced
 from dora_vl.core.step import Gain
 from dora_vl.shapes import Float
@@ -122,24 +123,24 @@ class LinearLayer(AdaptedLayer):
         # Dropout before the question of a graph: reentrant checkpointing runs its first pass in training mode
         # without one, and must draw there what the recomputation draws again.
         probability = adapter.dropout if self.training and factors is not None else 0.0
-        whole_change = bool(probability) and self.drops_whole_change()
+        whole_change = bool(probability) and adapter.drops_whole_change
         if whole_change or is_traced():
             masked = F.dropout(x, probability) if probability else None
-            operands = (x, frozen_layer, bias, *self.operands(x.dtype), scale, masked)
-            return functional.adapted_linear(*operands, whole_change=whole_change)
+            change = *operands(self, x.dtype), scale, masked
+            return functional.adapted_linear(x, frozen_layer, bias, *change, whole_change=whole_change)
         dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
         if factors is not None and with_graph and (magnitude is None or adapter.detach_norm):
             product = frozen_layer(x) if weight is None else None
             x = x if product is None else x.to(product.dtype)
-            gain = None if magnitude is None else self.current_gain(x.dtype)
-            operands = (x, product, weight, bias, *factors, magnitude, gain, scale, dropped)
-            return cast(Tensor, AdaptedStep.apply(*operands))
+            gain = None if magnitude is None else current_gain(self, x.dtype)
+            step = AdaptedStep.apply(x, product, weight, bias, *factors, magnitude, gain, scale, dropped)
+            return cast(Tensor, step)
         if dropped is not None:
             masked, scale = dropped.apply(x), scale / (1 - probability)
         if factors is None or with_graph:
-            return functional.adapted_linear(x, frozen_layer, bias, *self.operands(x.dtype), scale, masked)
+            return functional.adapted_linear(x, frozen_layer, bias, *operands(self, x.dtype), scale, masked)
         product = frozen_layer(x)
-        a, b, gain = self.operands_without_graph(product.dtype)
+        a, b, gain = operands_without_graph(self, product.dtype)
         rows = (x if masked is None else masked).to(product.dtype).reshape(-1, x.shape[-1])
         flat = product.reshape(-1, product.shape[-1])
         with functional.without_autocast(x.device):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.gain import gain_of, operands
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
 from dora_vl.shapes import Float, Int
@@ -87,7 +88,7 @@ class ConvLayer(AdaptedLayer):
         output = self.convolve(input, weight, bias)
         if self.merged:
             return output
-        a, b, gain = self.lora_A, self.lora_B, self.gain()
+        a, b, gain = self.lora_A, self.lora_B, gain_of(self)
         probability = self.adapter.dropout if self.training and a is not None else 0.0
         dropped = F.dropout(input, probability) if probability else input
         axes, low_rank, frozen = self.weight.ndim - 2, None, None
@@ -158,7 +159,7 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
         self.refuse_what_would_not_train()
         rows = F.embedding(input, self.weight, self.padding_idx)
         if not self.merged:
-            low_rank, gain = None, self.gain()
+            low_rank, gain = None, gain_of(self)
             if self.lora_A is not None and self.lora_B is not None:
                 hidden = F.embedding(input, self.lora_A.t(), self.padding_idx)
                 low_rank = (self.adapter.scale * F.linear(hidden, self.lora_B)).to(rows.dtype)
@@ -224,31 +225,6 @@ class ExpertsProjection(AdaptedLayer):
         """Computes ||W_e,i||^2 of every row of every expert."""
         return torch.stack([functional.row_norms_squared(weight) for weight in self.frozen_matrix()])
 
-    def compute_norms(self) -> Float[Tensor, "experts out"]:
-        """Computes n of each expert without a gradient."""
-        factors, squared = self.factors(), self.weight_norms_squared()
-        if factors is None:
-            return functional.safe_sqrt(squared)
-        operands = zip(self.frozen_matrix().detach(), squared, *factors, strict=True)
-        with functional.without_autocast(self.weight.device):
-            return torch.stack([functional.norms(*of_one, self.adapter.scale) for of_one in operands])
-
-    def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
-        weight, owners, dense = self.frozen_matrix(), index // self.out_features, []
-        for expert in owners.unique_consecutive().tolist():
-            rows = index[owners == expert] - expert * self.out_features
-            dense.append(
-                functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.adapter.scale)
-            )
-        return torch.cat(dense)
-
-    def merged_matrix(self) -> Float[Tensor, "experts out in_"]:
-        """Computes W' of each expert, in float32 one at a time."""
-        a, b = self.factors() or ([None] * self.experts, [None] * self.experts)
-        magnitudes = [None] * self.experts if self.magnitude is None else self.magnitude
-        operands = zip(self.as_matrix(self.weight), a, b, magnitudes, strict=True)
-        return torch.stack([functional.merged_weight(*operand, self.adapter.scale) for operand in operands])
-
     # -- forward -----------------------------------------------------------------------------------------------
 
     def forward(
@@ -262,13 +238,13 @@ class ExpertsProjection(AdaptedLayer):
         if not len(rows):
             return rows.new_zeros(0, self.out_features)
         none, scale = [None] * self.experts, self.adapter.scale
-        factors, minus_one = self.operands(rows.dtype)
+        factors, minus_one = operands(self, rows.dtype)
         # unbind, not an index for each expert: the backward pass of an index is as large as all experts.
         weights = self.as_matrix(self.weight).unbind()
         biases, gains = (none if tensor is None else tensor.unbind() for tensor in (bias, minus_one))
         pairs = none if factors is None else list(zip(factors[0].unbind(), factors[1].unbind(), strict=True))
         probability = self.adapter.dropout if self.training and factors is not None else 0.0
-        whole_change = bool(probability) and self.drops_whole_change()
+        whole_change = bool(probability) and self.adapter.drops_whole_change
         outputs: list[Tensor] = []
         for expert, x in enumerate(rows.split(list(counts))):
             if not len(x):
@@ -277,8 +253,8 @@ class ExpertsProjection(AdaptedLayer):
             own_bias = None if own_bias is None else own_bias.to(x.dtype)
             frozen_layer = partial(F.linear, weight=weight, bias=own_bias)
             masked = F.dropout(x, probability) if probability else None
-            operands = (x, frozen_layer, own_bias, pairs[expert], gains[expert], scale, masked)
-            outputs.append(functional.adapted_linear(*operands, whole_change=whole_change))
+            change = pairs[expert], gains[expert], scale, masked
+            outputs.append(functional.adapted_linear(x, frozen_layer, own_bias, *change, whole_change=whole_change))
         return torch.cat(outputs)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.gain import norms_with_grad
 from dora_vl.core.layer import is_traced
 from dora_vl.core.linear import LinearLayer
 from dora_vl.errors import UserError
@@ -214,7 +215,7 @@ class QuantisedLinear(LinearLayer):
 
     def compute_norms(self) -> Float[Tensor, " out"]:
         """Computes n without a gradient; for a layer that can only be called, by its product."""
-        return self.norms_with_grad() if self.kind.weight is None else super().compute_norms()
+        return norms_with_grad(self) if self.kind.weight is None else super().compute_norms()
 
     def frozen_product(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "out rows"]:
         """Computes W A^T of rows A, without the bias; W is dequantised anew for the backward pass."""
@@ -251,10 +252,6 @@ class QuantisedLinear(LinearLayer):
         return output if self.bias is None else output - self.bias.to(output.dtype)
 
     # -- not possible here -------------------------------------------------------------------------------------
-
-    def merge(self, *, keep_base: bool = True) -> None:
-        """Refuses: a packed weight cannot hold merged values."""
-        self.refuse_merging("this layer")
 
     def refuse_merging(self, name: str) -> None:
         """Raises a `UserError` that names the layer."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.core import functional
+from dora_vl.core.gain import kept_norms
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError, short_repr
 from dora_vl.shapes import Float
@@ -62,7 +63,7 @@ class GainByStrength:
         """Takes the norms of an adapted layer; None for plain LoRA, which has no gain."""
         if layer.magnitude is None:
             return None
-        norms, factors = layer.norms(), layer.factors()
+        norms, factors = kept_norms(layer), layer.factors()
         squared = torch.zeros_like(norms)
         if factors is not None:  # s^2 B_i (A A^T) B_i^T of each row: memory out*rank
             dtype = functional.accumulation_dtype(factors[0].dtype)

@@ -169,7 +169,7 @@ class PlannedRun:
         attention = tokens * samples.tokens * text.hidden_size * text.num_hidden_layers
         forward, backward = ATTENTION_FORWARD * attention, ATTENTION_BACKWARD * attention
         embeddings = self.model.get_input_embeddings().weight
-        twice = {id(layer.weight) for _, layer in adapted_layers(self.model) if layer.drops_whole_change()}
+        twice = {id(layer.weight) for _, layer in adapted_layers(self.model) if layer.adapter.drops_whole_change}
         for weight in self.model.get_decoder().parameters():
             if weight.dim() > 1 and weight is not embeddings:
                 products = tokens * weight.numel() * (2 if id(weight) in twice else 1)

@@ -140,7 +140,9 @@ def activations_of(model: PreTrainedModel) -> Activations:
     for name, layer in adapted_layers(model):
         adapted += FLOAT32_BYTES * layer.adapter.rank
         adapted += 0 if layer.magnitude is None else size * layer.magnitude.numel()
-        if layer.drops_whole_change():  # its input after dropout, and the mask; not what it shares with its siblings
+        if (
+            layer.adapter.drops_whole_change
+        ):  # its input after dropout, and the mask; not what it shares with its siblings
             inputs = layer.matrix_shape()[1]
             adapted += size * (2 * inputs if (name.rpartition(".")[0], inputs) in replaced else inputs)
             replaced.add((name.rpartition(".")[0], inputs))

@@ -15,8 +15,8 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from dora_vl.core import adapted_layers, apply_dora, functional
-from dora_vl.core.gain import CountedParameter
+from dora_vl.core import adapted_layers, apply_dora, functional, merge_dora, unmerge_dora
+from dora_vl.core.layer import CountedParameter
 from tests.core.dense_dora import assert_fresh, config, dense_dora, move, moved_layer
 
 
@@ -52,8 +52,8 @@ def test_after_loading_a_state(assign, swap):
 def test_writes_through_data_are_seen(leaf, training, history):
     layer = moved_layer(config()).train(training)
     if history == "merged":
-        layer.merge()
-        layer.unmerge()
+        merge_dora(layer)
+        unmerge_dora(layer)
     elif history == "loaded":
         layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
         layer.weight.requires_grad_(False)

@@ -14,7 +14,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from dora_vl.core.gain import edits_of
+from dora_vl.core.layer import edits_of
 
 
 class Dropped:
