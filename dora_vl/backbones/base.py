@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.families.table import LLAVA, NOT_TRAINED
+from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.errors import UserError
 from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_place, opening
 from dora_vl.shapes import Float, Int
@@ -82,6 +83,17 @@ def head_of(model: PreTrainedModel) -> Any:
     """Returns the output head, also from a causal language model inside the model; None if there is none."""
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     return decoder.get_output_embeddings() if head is None and isinstance(decoder, PreTrainedModel) else head
+
+
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Moves a batch to the model's device, and floating-point inputs to its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in batch.items()
+        if name not in (*BOOKKEEPING, "labels")
+    }
 
 
 def max_positions(config: Any) -> int | None:

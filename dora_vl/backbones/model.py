@@ -34,6 +34,7 @@ from dora_vl.backbones.base import (
     decoder_of,
     head_of,
     is_language_model,
+    model_inputs,
     model_type_of,
     sees_pictures,
 )
@@ -41,7 +42,7 @@ from dora_vl.backbones.capped_head import NOT_FOLLOWED, PLACES, find_head, run_c
 from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.families.quirks import CROSSING, words_pass_by
 from dora_vl.backbones.families.table import LLAVA, TURNED_UNDER_ZERO3
-from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
+from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs
 from dora_vl.backbones.generation import ScoreWatch
 from dora_vl.backbones.loading import check_quantised, load_pretrained, quantised_loading
 from dora_vl.backbones.packed_attention import MASKED, Forest, PackedAttention

@@ -20,11 +20,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.frozen_outputs import NotStorable, Outputs, find_verified_parts, with_stored_outputs
+from dora_vl.backbones.frozen_outputs import NotStorable, PictureOutputCache
 from dora_vl.backbones.generation import NO_TOKEN, NOT_YET_A_CHARACTER, NotFiniteScores, growing_text
 from dora_vl.backbones.model import check_packing
 from dora_vl.data.columns import Packing
-from dora_vl.data.example import Clip, Example
+from dora_vl.data.example import Example
 from dora_vl.data.samples import ALIGNED, BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
@@ -150,31 +150,6 @@ def by_picture(examples: Sequence[Example]) -> list[Example]:
     for example in sorted(examples, key=length, reverse=True):
         groups.setdefault((example.images, example.videos) if example.images else example.id, []).append(example)
     return [example for group in groups.values() for example in group]
-
-
-class PictureOutputCache:
-    """Runs a model's frozen vision parts only once for pictures that recur in a batch or in the next one.
-
-    Raises NotStorable: the parts do not give the same when what they gave is handed in again.
-    """
-
-    def __init__(self, backbone: Any, encoder: Encoder) -> None:
-        self._backbone, self._collate = backbone, encoder.collate
-        backbone.frozen_parts = backbone.frozen_parts or find_verified_parts(backbone.model, encoder)
-        self._outputs: dict[tuple[str | Clip, ...], Outputs] = {}
-
-    def replace_pixels(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Puts the parts' outputs in the place of each sample's pixels."""
-        firsts = {sample.media: sample for sample in reversed(samples) if sample.media}
-        new = {media: sample for media, sample in firsts.items() if media not in self._outputs}
-        if new:
-            parts, model = self._backbone.frozen_parts, self._backbone.model
-            given = parts.outputs_of_each(model, [*new.values()], self._collate)
-            self._outputs |= dict(zip(new, given, strict=True))
-        self._outputs = {media: self._outputs[media] for media in firsts}  # the next batch goes on with the last
-        return [
-            with_stored_outputs(sample, self._outputs[sample.media]) if sample.media else sample for sample in samples
-        ]
 
 
 @dataclass(frozen=True)

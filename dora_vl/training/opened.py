@@ -14,15 +14,9 @@ from transformers import TrainingArguments
 
 from dora_vl.backbones.base import decoder_of, head_of
 from dora_vl.backbones.encoder import Encoder, open_encoder, placeholder_picture
-from dora_vl.backbones.frozen_outputs import (
-    NotStorable,
-    OutputStore,
-    PictureReader,
-    find_verified_parts,
-    inputs_of,
-    with_stored_outputs,
-)
+from dora_vl.backbones.frozen_outputs import NotStorable, find_verified_parts, inputs_of, with_stored_outputs
 from dora_vl.backbones.model import DecoderBackbone
+from dora_vl.backbones.output_store import OutputStore, PictureReader
 from dora_vl.backbones.video_inputs import within_pixels
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, open_image

@@ -16,8 +16,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.frozen_outputs import StoredRow
 from dora_vl.backbones.generation import growing_text
+from dora_vl.backbones.output_store import StoredPictures
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.data.example import Example
@@ -303,8 +303,8 @@ def test_stored_outputs_serve_every_round_that_shows_all_pictures(tmp_path: Path
     class Store:
         """Stands for stored outputs of any pictures."""
 
-        def read(self, _: object, names: Sequence[str]) -> StoredRow:
-            return StoredRow([picture.size for picture in (RED, BLUE)[: len(names)]], {})
+        def read(self, _: object, names: Sequence[str]) -> StoredPictures:
+            return StoredPictures([picture.size for picture in (RED, BLUE)[: len(names)]], {})
 
     for number, picture in enumerate((RED, BLUE)):
         picture.save(tmp_path / f"{number}.png")

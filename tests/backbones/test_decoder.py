@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForCausalLM,
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones import frozen_outputs
-from dora_vl.backbones.base import decoder_of
+from dora_vl.backbones.base import decoder_of, model_inputs
 from dora_vl.backbones.capped_head import HeadPlace
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families.targets import language_targets, projector_patterns
-from dora_vl.backbones.frozen_outputs import find_parts, model_inputs, with_stored_outputs
+from dora_vl.backbones.frozen_outputs import find_parts, with_stored_outputs
 from dora_vl.backbones.model import DecoderBackbone, check_packing, open_backbone
 from dora_vl.backbones.packed_attention import OwnPositions
 from dora_vl.backbones.specs import LanguageSource

@@ -17,10 +17,11 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from dora_vl import DoRAConfig, apply_dora
-from dora_vl.backbones import frozen_outputs, shards
+from dora_vl.backbones import frozen_outputs, output_store, shards
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, find_verified_parts
+from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, find_verified_parts
 from dora_vl.backbones.model import open_backbone
+from dora_vl.backbones.output_store import OutputStore, PictureReader
 from dora_vl.backbones.vision_store import FeatureReader, FeatureRow, FeatureWriter, open_features
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, StoredPictures
@@ -420,7 +421,7 @@ def test_other_weights_dtype_processor_or_reading_are_another_store(case, folder
     other = encoder_of(folders["llava"])
     other.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     stores.append(case.store(encoder=other))
-    monkeypatch.setattr(frozen_outputs.transformers, "__version__", "0")
+    monkeypatch.setattr(output_store.transformers, "__version__", "0")
     stores.append(case.store())
     monkeypatch.undo()
     tower = case.model.get_submodule(next(iter(case.parts.calls)))

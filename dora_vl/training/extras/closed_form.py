@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader
 from dora_vl.backbones.model import DecoderBackbone
+from dora_vl.backbones.output_store import OutputStore, PictureReader
 from dora_vl.backbones.tower_sources import has_new_projector
 from dora_vl.data.example import Example, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER

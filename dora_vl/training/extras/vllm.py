@@ -26,7 +26,7 @@ from dora_vl.adapters.settings import VLLM_RANKS
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families.targets import resolved_layers
-from dora_vl.backbones.frozen_outputs import PictureReader
+from dora_vl.backbones.output_store import PictureReader
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.core import adapted_layers, trained_parts

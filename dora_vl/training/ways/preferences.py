@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.frozen_outputs import OutputStore
+from dora_vl.backbones.output_store import OutputStore
 from dora_vl.errors import SettingError
 from dora_vl.heads.objectives import FLAGS, OBJECTIVES, preference_loss, preference_metrics
 from dora_vl.heads.preferences import Answers, Hyperparameters

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 
 from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.frozen_outputs import OutputStore
+from dora_vl.backbones.output_store import OutputStore
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import train_name
 from dora_vl.data.example import Example

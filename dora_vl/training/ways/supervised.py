@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone, Expected
-from dora_vl.backbones.frozen_outputs import OutputStore
+from dora_vl.backbones.output_store import OutputStore
 from dora_vl.errors import SettingError
 from dora_vl.shapes import Int
 from dora_vl.training.opened import Opened, SampleEncoder

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.frozen_outputs import OutputStore
+from dora_vl.backbones.output_store import OutputStore
 from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.run.launch import gather_to_write, is_sharded, let_go_of_whole_weights
 from dora_vl.run.settings import RunConfig
