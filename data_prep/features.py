@@ -91,11 +91,11 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
     """Keeps the media whose features the folder lacks."""
     done = OwnFeatures(to)
     for medium in media:
-        stored = done.part(medium.name) if medium.name in done.rows else None
+        stored = done.part(medium.name) if medium.name in done.places else None
         if stored is not None and stored != medium.part:
             parts = f"{describe_part(stored)}, not of {describe_part(medium.part)}"
             raise UserError(f"{to} holds features of {medium.name!r} of {parts}; name another folder")
-    return [medium for medium in media if medium.name not in done.rows]
+    return [medium for medium in media if medium.name not in done.places]
 
 
 def compute(media: Sequence[Medium], encoder: FeatureEncoder, options: argparse.Namespace) -> BadSampleLedger:
@@ -120,14 +120,14 @@ def compute(media: Sequence[Medium], encoder: FeatureEncoder, options: argparse.
             sampling=encoder.settings.sampling,
             reader=reader,
         )
-        rows = computed(files, encode, workers=options.workers, progress=part == 0)
+        features = computed(files, encode, workers=options.workers, progress=part == 0)
         try:
-            for medium, row in zip(todo, rows, strict=True):
-                broken = [(medium.path, row.reason)] if isinstance(row, BadSample) else []
+            for medium, made in zip(todo, features, strict=True):
+                broken = [(medium.path, made.reason)] if isinstance(made, BadSample) else []
                 ledger.record(samples=1 - len(broken), skipped=broken)
                 ledger.judge()
-                if not isinstance(row, BadSample):
-                    writer.add(row)
+                if not isinstance(made, BadSample):
+                    writer.add(made)
         finally:
             write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)
     return ledger

@@ -29,7 +29,7 @@ from dora_vl.backbones.tower_sources import (
     transformers_preparation,
 )
 from dora_vl.backbones.towers import Aspect, ImagePreparation, Preparation
-from dora_vl.backbones.vision_store import WHOLE, FeatureRow, Part, part_of
+from dora_vl.backbones.vision_store import WHOLE, MediumFeatures, Part, part_of
 from dora_vl.data.example import Clip
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader
@@ -272,11 +272,11 @@ class Pixels:
 
 def computed(
     media: MediaDataset, encode: Callable[[Tensor], Tensor], *, workers: int, progress: bool
-) -> Iterator[FeatureRow | BadSample]:
-    """Yields the media's rows in order, and errors for those that could not be read."""
+) -> Iterator[MediumFeatures | BadSample]:
+    """Yields the media's features in order, and errors for those that could not be read."""
     loader: Iterable[Any] = DataLoader(media, batch_size=None, num_workers=workers)
     for item in tqdm(loader, total=len(media), unit="file", desc="features", disable=not progress):
         if isinstance(item, BadSample):
             yield item
         else:
-            yield FeatureRow(item.medium.name, encode(item.frames), part=item.medium.part, **item.source)
+            yield MediumFeatures(item.medium.name, encode(item.frames), part=item.medium.part, **item.source)

@@ -375,7 +375,7 @@ def write_language_model(source: LanguageSource, folder: Path) -> None:
 def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
     """Measures mean and spread of each number of a token, over the tokens of the folder's first files."""
     source = open_features(folder)
-    tokens = torch.cat([source.read(name).double() for name in islice(source.rows, 2000)])
+    tokens = torch.cat([source.read(name).double() for name in islice(source.places, 2000)])
     spread = tokens.std(dim=0, correction=0)
     least = 0.1 * float(tokens.std(correction=0))  # what hardly varies is not blown up into noise
     return tokens.mean(dim=0).float(), spread.clamp_min(least).float()

@@ -47,12 +47,12 @@ class Stored:
 class FeatureStore:
     """Reads stored features by the name of their picture or video; it can be sent to worker processes.
 
-    `rows` maps each name to where its features are, in the format's own terms.
+    `places` maps each name to where its features are, in the format's own terms.
     """
 
-    def __init__(self, folder: Path, rows: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, places: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.rows = rows
+        self.places = places
 
     def stored(self, name: str) -> Stored:
         """Returns the size of features without reading them; raises `BadSample` if there are none, as `read`."""
@@ -74,7 +74,7 @@ class FeatureStore:
         raise NotImplementedError
 
     def _taken(self, name: str, take: Callable[[str], Taken]) -> Taken:
-        if name not in self.rows:
+        if name not in self.places:
             reason = f"{self.folder} holds no features of {name}; in a checkout python -m data_prep.features makes them"
             raise BadSample(name, reason)
         try:
@@ -110,10 +110,10 @@ class OwnFeatures(FeatureStore):
 
     def part(self, name: str) -> Part | None:
         """Returns the part of the video that the features cover."""
-        return self._taken(name, lambda name: tuple(self.rows[name].facts["part"]))
+        return self._taken(name, lambda name: tuple(self.places[name].facts["part"]))
 
     def _stored(self, name: str) -> Stored:
-        facts = self.rows[name].facts
+        facts = self.places[name].facts
         return Stored(facts["tokens"], facts["width"], max(1, len(facts["indices"])))
 
     def _read(self, name: str) -> Tensor:
@@ -121,7 +121,7 @@ class OwnFeatures(FeatureStore):
 
 
 @dataclass(frozen=True)
-class FeatureRow:
+class MediumFeatures:
     """Features of one picture or video, and what they were made from: the library, and the frames' places and seconds.
 
     `features` may have any shape, the last axis being the width; a picture has no frames, and its `part` is the whole.
@@ -146,14 +146,14 @@ class FeatureWriter(AbstractContextManager["FeatureWriter"]):
     def __exit__(self, *_: object) -> None:
         self._shards.flush()
 
-    def add(self, row: FeatureRow) -> None:
-        """Takes one row; it is on disk when its shard is full, or at the end."""
-        tokens = row.features.detach().flatten(0, -2).to("cpu", torch.float16)
+    def add(self, made: MediumFeatures) -> None:
+        """Takes what was made of one picture or video; it is on disk when its shard is full, or at the end."""
+        tokens = made.features.detach().flatten(0, -2).to("cpu", torch.float16)
         if not bool(torch.isfinite(tokens).all()):
-            largest = float(row.features.detach().abs().max())
-            raise UserError(f"features of {row.name} do not fit into float16: the largest is {largest:.4g}")
-        facts = {name: value for name, value in vars(row).items() if name not in ("name", "features")}
-        self._shards.add(row.name, {**facts, "tokens": len(tokens), "width": tokens.shape[1]}, [tokens])
+            largest = float(made.features.detach().abs().max())
+            raise UserError(f"features of {made.name} do not fit into float16: the largest is {largest:.4g}")
+        facts = {name: value for name, value in vars(made).items() if name not in ("name", "features")}
+        self._shards.add(made.name, {**facts, "tokens": len(tokens), "width": tokens.shape[1]}, [tokens])
 
 
 CACHE_BYTES = 256 * 2**20
@@ -164,26 +164,26 @@ class ParquetFeatures(FeatureStore):
 
     def __init__(self, folder: Path) -> None:
         self._groups: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
-        rows: dict[str, tuple[Path, int, int, Stored]] = {}
+        places: dict[str, tuple[Path, int, int, Stored]] = {}
         for path in sorted(folder.glob("*.parquet")):
             try:
                 with _parquet_file(path) as opened:
                     stored = _table_size(path, opened.schema_arrow)
                     for group in range(opened.num_row_groups):
                         names = opened.read_row_group(group, columns=["id"])["id"].to_pylist()
-                        rows |= {str(name): (path, group, number, stored) for number, name in enumerate(names)}
+                        places |= {str(name): (path, group, number, stored) for number, name in enumerate(names)}
             except (OSError, ValueError) as error:  # pyarrow's own errors are these
                 raise UserError(f"features {_unreadable(path, error)}; copy it again") from error
-        super().__init__(folder, rows)
+        super().__init__(folder, places)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_groups": OrderedDict()}
 
     def _stored(self, name: str) -> Stored:
-        return self.rows[name][-1]
+        return self.places[name][-1]
 
     def _read(self, name: str) -> Tensor:
-        path, group, row, stored = self.rows[name]
+        path, group, row, stored = self.places[name]
         numbers = self._group(path, group)
         length = stored.tokens * stored.width
         return torch.from_numpy(numbers[row * length : (row + 1) * length].copy()).view(stored.tokens, stored.width)
@@ -247,7 +247,7 @@ class FileFeatures(FeatureStore):
 
     def _looked_into(self, name: str, *, values: bool) -> Any:
         """Reads a file's numbers, or only their shape."""
-        path = self.rows[name]
+        path = self.places[name]
         shape, dtype, numbers = _READERS[path.suffix](path, values)
         if len(shape) < 2 or not np.issubdtype(dtype, np.floating):
             raise BadSample(name, f"features of {name} are {dtype} of shape {tuple(shape)}, not a table of numbers")

@@ -135,16 +135,16 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         """
         encoded, mask = self.encode(input_ids, attention_mask, features)
         hidden = self.decode(self.shifted(labels), encoded, mask)
-        rows, positions = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
-        if len(rows) == 0:  # a batch of nothing: one position keeps ranks in step, its loss is zero
+        samples, positions = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
+        if len(samples) == 0:  # a batch of nothing: one position keeps ranks in step, its loss is zero
             chosen = hidden[:1, 0]
             logits = self.logits(chosen)[:0]
             return Features(chosen, logits.float().sum(1), labels.new_zeros(0), labels.new_zeros(0), logits)
-        chosen, targets = hidden[rows, positions], labels[rows, positions]
+        chosen, targets = hidden[samples, positions], labels[samples, positions]
         if keep_logits or not in_chunks(self.model.lm_head):
             logits = self.logits(chosen)
-            return Features(chosen, losses_of(logits, targets), targets, rows, logits)
-        return Features(chosen, label_losses(chosen, targets, self.logits), targets, rows)
+            return Features(chosen, losses_of(logits, targets), targets, samples, logits)
+        return Features(chosen, label_losses(chosen, targets, self.logits), targets, samples)
 
     def shifted(self, labels: Int[Tensor, "batch answer"]) -> Int[Tensor, "batch answer"]:
         """Shifts labels to the decoder's input: its start token, then all but the last."""

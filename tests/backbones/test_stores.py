@@ -22,7 +22,7 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, find_verified_parts
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.output_store import OutputStore, PictureReader
-from dora_vl.backbones.vision_store import FeatureReader, FeatureRow, FeatureWriter, open_features
+from dora_vl.backbones.vision_store import FeatureReader, FeatureWriter, MediumFeatures, open_features
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, StoredPictures
 from dora_vl.data.samples import Sample
@@ -38,27 +38,27 @@ def made(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rows(count: int) -> list[FeatureRow]:
-    return [FeatureRow(f"v{n}", made(n, 2 + n % 3, 5), "pyav", (n, n + 1), (0.5, 1.25)) for n in range(count)]
+def several(count: int) -> list[MediumFeatures]:
+    return [MediumFeatures(f"v{n}", made(n, 2 + n % 3, 5), "pyav", (n, n + 1), (0.5, 1.25)) for n in range(count)]
 
 
-def write(folder: Path, *written: FeatureRow) -> None:
+def write(folder: Path, *written: MediumFeatures) -> None:
     with FeatureWriter(folder, {}) as writer:
-        for row in written:
-            writer.add(row)
+        for features in written:
+            writer.add(features)
 
 
 def test_rows_of_different_lengths_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 200)
-    write(tmp_path, *rows(7))
+    write(tmp_path, *several(7))
     source = open_features(tmp_path)
-    assert sorted(source.rows) == sorted(f"v{n}" for n in range(7))
-    for row in rows(7):
-        read = source.read(row.name)
+    assert sorted(source.places) == sorted(f"v{n}" for n in range(7))
+    for written in several(7):
+        read = source.read(written.name)
         assert read.dtype == torch.float16
-        torch.testing.assert_close(read, row.features.half(), rtol=0, atol=0)
-        stored = source.stored(row.name)
-        assert (stored.tokens, stored.width, stored.frames) == (len(read), 5, len(row.indices))
+        torch.testing.assert_close(read, written.features.half(), rtol=0, atol=0)
+        stored = source.stored(written.name)
+        assert (stored.tokens, stored.width, stored.frames) == (len(read), 5, len(written.indices))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     sent = pickle.dumps(source)
     assert len(sent) < 2000  # no features in it
@@ -76,8 +76,8 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 def test_of_two_shards_the_one_written_last_counts(tmp_path: Path) -> None:
     """A, then B beside another picture, then A again; the order of the names does not tell who came last."""
     first, second = made(1, 2, 5).half(), made(2, 2, 5).half()
-    for features, more in ((first, ()), (second, rows(1)), (first, ())):
-        write(tmp_path, FeatureRow("a", features), *more)
+    for features, more in ((first, ()), (second, several(1)), (first, ())):
+        write(tmp_path, MediumFeatures("a", features), *more)
         assert torch.equal(open_features(tmp_path).read("a"), features)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2  # the same pictures again took the place of the first
 
@@ -85,7 +85,7 @@ def test_of_two_shards_the_one_written_last_counts(tmp_path: Path) -> None:
 def test_what_is_no_whole_shard_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    write(tmp_path, *rows(2))
+    write(tmp_path, *several(2))
     (shard,) = tmp_path.glob("*.safetensors")
     content = shard.read_bytes()
     shard.write_bytes(content[:-20])
@@ -102,15 +102,15 @@ def test_what_is_no_whole_shard_is_refused(tmp_path: Path) -> None:
 
 def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        FeatureWriter(tmp_path, {}).add(FeatureRow("big", torch.full((1, 2), 7e4), "pyav"))
+        FeatureWriter(tmp_path, {}).add(MediumFeatures("big", torch.full((1, 2), 7e4), "pyav"))
 
 
 def test_names_come_in_one_order_whoever_was_first(tmp_path: Path) -> None:
     """A base is standardised by the first names, on whichever number of processes the features were computed."""
     for folder, order in (("one", (0, 1, 2)), ("other", (2, 0, 1))):
         for number in order:
-            write(tmp_path / folder, rows(3)[number])
-    first, other = (list(open_features(tmp_path / folder).rows) for folder in ("one", "other"))
+            write(tmp_path / folder, several(3)[number])
+    first, other = (list(open_features(tmp_path / folder).places) for folder in ("one", "other"))
     assert first == other
     assert sorted(first) == ["v0", "v1", "v2"]
 
@@ -124,7 +124,9 @@ VALUES = {name: made(number, TOKENS, WIDTH).half() for number, name in enumerate
 def write_own(folder: Path) -> None:
     with FeatureWriter(folder, {}) as writer:
         for name, values in VALUES.items():
-            writer.add(FeatureRow(name, values.view(6, 4, WIDTH), "pyav", tuple(range(6)), tuple(map(float, range(6)))))
+            writer.add(
+                MediumFeatures(name, values.view(6, 4, WIDTH), "pyav", tuple(range(6)), tuple(map(float, range(6))))
+            )
 
 
 def write_parquet(folder: Path) -> None:
@@ -157,7 +159,7 @@ FORMS: dict[str, Callable[[Path], None]] = {
 def test_every_form_is_read_as_it_was_written(tmp_path: Path, form: str) -> None:
     FORMS[form](tmp_path)
     store = open_features(tmp_path)
-    assert sorted(store.rows) == sorted(VALUES)
+    assert sorted(store.places) == sorted(VALUES)
     for name, values in VALUES.items():
         stored = store.stored(name)
         assert (stored.tokens, stored.width, stored.frames) == (TOKENS, WIDTH, 6 if form == "own" else TOKENS)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter
+from dora_vl.backbones.vision_store import FeatureWriter, MediumFeatures
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 
 BART_BASE: dict[str, Any] = {
@@ -61,5 +61,5 @@ def write_features(folder: Path, numbers: Tensor) -> Path:
     """A folder of features, a picture a row `[tokens, channels]`."""
     with FeatureWriter(folder, {"made": "here"}) as writer:
         for number, row in enumerate(numbers):
-            writer.add(FeatureRow(f"picture-{number}", row, "pillow"))
+            writer.add(MediumFeatures(f"picture-{number}", row, "pillow"))
     return folder

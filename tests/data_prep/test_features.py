@@ -59,7 +59,7 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     to = tmp_path / "features"
     run(root, to, weights)
     source = open_features(to)
-    shapes = {name: tuple(source.read(name).shape) for name in source.rows}
+    shapes = {name: tuple(source.read(name).shape) for name in source.places}
     assert shapes == {"one": (3, 160), "two": (2, 160), "three": (1, 160)}
     (skipped,) = [json.loads(line) for line in (to / "skipped-0.jsonl").read_text().splitlines()]
     assert skipped["id"] == "bad.mp4"
@@ -103,11 +103,11 @@ def test_an_interruption_loses_no_features(root, tmp_path, weights, monkeypatch,
     terminated = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError if how is None else SystemExit, match="memory" if how is None else f"{128 + how}"):
         run(root, to, weights)
-    assert set(open_features(to).rows) == {"one", "three"}
+    assert set(open_features(to).places) == {"one", "three"}
     assert json.loads((to / "skipped-0.jsonl").read_text())["id"] == "bad.mp4"
     monkeypatch.undo()
     run(root, to, weights)
-    assert set(open_features(to).rows) == {"one", "three", "two"}
+    assert set(open_features(to).places) == {"one", "three", "two"}
     assert signal.getsignal(signal.SIGTERM) is terminated
 
 
@@ -117,7 +117,7 @@ def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:
     run(root, alone, weights)
     for number in range(2):
         run(root, together, weights, "--part", f"{number}/2")
-        assert len(open_features(together).rows) == (2, 3)[number]
+        assert len(open_features(together).places) == (2, 3)[number]
     for name in ("one", "two", "three"):
         assert torch.equal(open_features(together).read(name), open_features(alone).read(name))
 

@@ -17,8 +17,8 @@ from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.tower_sources import small_tokenizer
 from dora_vl.backbones.vision_store import (
     FeatureReader,
-    FeatureRow,
     FeatureWriter,
+    MediumFeatures,
     features_of,
     fixed_length,
     open_features,
@@ -126,7 +126,7 @@ def test_an_empty_answer_and_a_strange_label_train_nothing() -> None:
 
 def test_what_a_long_answer_loses_is_counted(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
     with FeatureWriter(tmp_path, {}) as writer:
-        writer.add(FeatureRow("a", torch.zeros(2, 3)))
+        writer.add(MediumFeatures("a", torch.zeros(2, 3)))
     reader, tasks = FeatureReader(open_features(tmp_path), 2, 3), vlbart_tasks.all_subtasks()
     example = Example(id="1", images=("a.png",), question="is it red?")
     for words, cut in ((3, 0), (30, 13)):  # the first word is two tokens, and two of 20 are the ends
@@ -150,7 +150,7 @@ def test_frames_are_filled_up_with_zeros_or_each_place_is_pooled_over_time_to_th
 def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
     with FeatureWriter(tmp_path, {}) as writer:
         for name, part in (("whole", (0.0, None)), ("some", (1.5, 4.0))):
-            writer.add(FeatureRow(name, torch.randn(2, 3), "pyav", (0, 9), (0.0, 0.9), part))
+            writer.add(MediumFeatures(name, torch.randn(2, 3), "pyav", (0, 9), (0.0, 0.9), part))
     reader = FeatureReader(open_features(tmp_path), 2, 3)
     part = {"start_seconds": 1.5, "end_seconds": 4.0}
     for clip in (Clip(path="whole.mp4"), Clip(path="whole.mp4", start_seconds=0.0), Clip(path="some.mp4", **part)):
