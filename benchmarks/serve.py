@@ -37,7 +37,7 @@ from dora_vl.backbones.families.targets import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn
 from dora_vl.errors import exit_on_user_error
-from dora_vl.evaluation.assistant import Assistant, inputs_on_device
+from dora_vl.evaluation.assistant import Assistant, inputs_on_device, prompt_batch, prompt_sample
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.access import http_config
 from dora_vl.serving.engine import Engine
@@ -119,8 +119,8 @@ def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespac
 def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str] = ()) -> Callable[[], None]:
     """Makes a step that decodes one token of each row after a prompt whose keys and values are cached."""
     assistant: Assistant = served.assistant
-    sample = assistant.prompts.sample([Turn("user", QUESTION)], PromptMedia())
-    inputs = inputs_on_device(assistant.prompts.collate([sample] * rows, "left"), assistant.device)
+    sample = prompt_sample(assistant.encoder, [Turn("user", QUESTION)], PromptMedia())
+    inputs = inputs_on_device(prompt_batch(assistant.encoder, [sample] * rows), assistant.device)
     keys = sorted([names[number % len(names)] for number in range(rows)], key=str) if names else []
 
     def batch() -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isnan
 from string import ascii_uppercase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -45,41 +45,31 @@ def inputs_on_device(batch: Mapping[str, Any], device: torch.device | str) -> di
     return dict(send_to_device({name: value for name, value in batch.items() if name not in added}, device))
 
 
-@dataclass(frozen=True)
-class EncoderPrompts:
-    """Turns questions into samples and batches; holds no model, so data workers may have it."""
+def prompt_sample(encoder: Encoder, turns: Sequence[Turn], media: PromptMedia) -> Sample:
+    """Encodes turns that end with a question, up to where the answer begins, without labels; never cut."""
+    return Sample(**vars(encoder.encode_prompt(turns, media.pictures, media.videos)))
 
-    encoder: Encoder
 
-    @property
-    def frames_are_pictures(self) -> bool:
-        """Tells whether videos are shown as pictures, since the model takes none."""
-        return self.encoder.no_videos_reason is not None
+def answered_sample(encoder: Encoder, turns: Sequence[Turn], media: PromptMedia, answer: str) -> Sample:
+    """Encodes a question with an answer, which is labelled with what closes it; never cut."""
+    return Sample(**vars(encoder.encode_choice(turns, answer, media.pictures, media.videos)))
 
-    def sample(self, turns: Sequence[Turn], media: PromptMedia) -> Sample:
-        """Encodes turns that end with a question, up to where the answer begins, without labels; never cut."""
-        return Sample(**vars(self.encoder.encode_prompt(turns, media.pictures, media.videos)))
 
-    def with_answer(self, turns: Sequence[Turn], media: PromptMedia, answer: str) -> Sample:
-        """Encodes a question with an answer, which is labelled with what closes it; never cut."""
-        return Sample(**vars(self.encoder.encode_choice(turns, answer, media.pictures, media.videos)))
+def ending_sample(encoder: Encoder, context: str, ending: str) -> Sample:
+    """Encodes a context and, after a space, its ending, which alone is labelled; tokenised as lm-eval does."""
+    ids, shared = (encoder.tokenizer(text)["input_ids"] for text in (f"{context} {ending}", context.rstrip()))
+    labels = [*[IGNORED_LABEL] * len(shared), *ids[len(shared) :]]
+    return Sample(torch.tensor(ids), torch.tensor(labels))
 
-    def encode_ending(self, context: str, ending: str) -> Sample:
-        """Encodes a context and, after a space, its ending, which alone is labelled; tokenised as lm-eval does."""
-        before = context.rstrip()
-        ids, shared = (self.encoder.tokenizer(text)["input_ids"] for text in (f"{context} {ending}", before))
-        labels = [*[IGNORED_LABEL] * len(shared), *ids[len(shared) :]]
-        return Sample(torch.tensor(ids), torch.tensor(labels))
 
-    def collate(
-        self, samples: Sequence[Sample], side: Literal["left", "right"], packing: Packing = "plain"
-    ) -> Mapping[str, Any]:
-        """Makes a batch padded on one side; a tree has the samples of a picture."""
-        return replace(self.encoder.collate, pad_side=side, packing=packing)(samples)
+def prompt_batch(encoder: Encoder, samples: Sequence[Sample]) -> Mapping[str, Any]:
+    """Makes a batch of prompts, padded on the left: their answers follow on the right."""
+    return replace(encoder.collate, pad_side="left")(samples)
 
-    def growing_text(self) -> Callable[[Sequence[int]], str]:
-        """Returns a decoder for the growing ids of one answer."""
-        return growing_text(self.encoder.tokenizer, self.encoder.prompts.answer_in)
+
+def growing_answer(encoder: Encoder) -> Callable[[Sequence[int]], str]:
+    """Returns a decoder for the growing ids of one answer."""
+    return growing_text(encoder.tokenizer, encoder.prompts.answer_in)
 
 
 class _TextStreamer(BaseStreamer):
@@ -122,7 +112,7 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
     """Encodes examples without labels; what cannot be asked comes back as `Skipped`."""
 
     examples: Sequence[Example]
-    prompts: EncoderPrompts
+    encoder: Encoder
     media: MediaReader
     max_new_tokens: int
     positions: int | None
@@ -133,7 +123,7 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
     def __getitem__(self, index: int) -> Sample | Skipped:
         example = self.examples[index]
         try:
-            sample = self.prompts.sample(turns_asked(example), self.media.read(example))
+            sample = prompt_sample(self.encoder, turns_asked(example), self.media.read(example))
             check_room(len(sample.input_ids), self.max_new_tokens, self.positions, example.id)
             return replace(sample, index=index, id=example.id, media=(*example.images, *example.videos))
         except BadSample as error:
@@ -160,20 +150,20 @@ class Assistant:
     """
 
     backbone: Any
-    prompts: EncoderPrompts
+    encoder: Encoder
     while_training: bool = False
 
     def __post_init__(self) -> None:
-        self.prompts.encoder.take_positions_of(self.backbone.model)
+        self.encoder.take_positions_of(self.backbone.model)
 
     def answer(
         self, example: Example, media: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
     ) -> str:
         """See `Predictor`."""
-        sample = self.prompts.sample(turns_asked(example), media)
+        sample = prompt_sample(self.encoder, turns_asked(example), media)
         check_room(len(sample.input_ids), max_new_tokens, self.positions, example.id)
-        options = {} if write is None else {"streamer": _TextStreamer(self.prompts.growing_text(), write)}
-        batch = self.prompts.collate([sample], "left")
+        options = {} if write is None else {"streamer": _TextStreamer(growing_answer(self.encoder), write)}
+        batch = prompt_batch(self.encoder, [sample])
         (text,) = self.answers(batch, max_new_tokens=max_new_tokens, options=options)
         if text is None:
             raise NotFiniteScores
@@ -183,7 +173,7 @@ class Assistant:
         """Shows `frames` frames of the example's own clip."""
         if example.video is None:
             raise ValueError(f"example {example.id} has no video")
-        as_pictures = self.prompts.frames_are_pictures
+        as_pictures = self.encoder.no_videos_reason is not None
         return View(example=example, clip=example.video, sampling=Uniform(frames), as_pictures=as_pictures)
 
     def predict(self, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Answered:
@@ -192,7 +182,7 @@ class Assistant:
         if decoding.answer_method != "generation":
             yield from self._predict_by_likelihood(ordered, media, decoding)
             return
-        items = QuestionSamples(ordered, self.prompts, media, decoding.max_new_tokens, self.positions)
+        items = QuestionSamples(ordered, self.encoder, media, decoding.max_new_tokens, self.positions)
         loader = DataLoader(items, batch_size=decoding.batch_size, collate_fn=list, num_workers=decoding.workers)
         once = self._picture_cache(ordered)
         for several in loader:
@@ -211,9 +201,9 @@ class Assistant:
         first = {beginning: sample for beginning, sample in zip(beginnings, samples, strict=True)}
         shared = all(sample.media_end for sample in samples) and len(first) < len(samples)
         if not shared or not self.backbone.continues_prompts:
-            return self.prompts.collate(samples, "left")
-        begun = self.prompts.collate([cut_prompt(sample, stop=sample.media_end) for sample in first.values()], "left")
-        rest = self.prompts.collate([cut_prompt(sample, start=sample.media_end) for sample in samples], "left")
+            return prompt_batch(self.encoder, samples)
+        begun = prompt_batch(self.encoder, [cut_prompt(sample, stop=sample.media_end) for sample in first.values()])
+        rest = prompt_batch(self.encoder, [cut_prompt(sample, start=sample.media_end) for sample in samples])
         with self._no_grad():
             cache = self.backbone.read(**inputs_on_device(begun, self.device))
         order = torch.tensor([[*first].index(beginning) for beginning in beginnings])
@@ -230,7 +220,7 @@ class Assistant:
         if self.while_training or shown.total() < LEAST_REPEATED + len(shown) or any(e.videos for e in ordered):
             return None
         try:
-            return PictureOutputCache(self.backbone, self.prompts.encoder)
+            return PictureOutputCache(self.backbone, self.encoder)
         except NotStorable as error:
             log.info("pictures are read anew for each question: %s", error)
             return None
@@ -238,12 +228,12 @@ class Assistant:
     def _predict_by_likelihood(self, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Answered:
         """Picks the likeliest of each question's texts, closed as an answer is; the first of equals."""
         once = self._picture_cache(examples)
-        rows: list[Sample] = []
+        waiting: list[Sample] = []
         batch: list[tuple[Example, list[str], int]] = []
 
         def score_batch() -> list[Prediction]:
             size = decoding.batch_size
-            given = rows if once is None else once.replace_pixels(rows)
+            given = waiting if once is None else once.replace_pixels(waiting)
             parts = [self.log_likelihoods(given[start : start + size]) for start in range(0, len(given), size)]
             scores = iter(torch.cat(parts).tolist())
             answered: list[Prediction] = []
@@ -258,21 +248,23 @@ class Assistant:
             try:
                 if decoding.answer_method == "cloze":
                     pairs, texts = endings_of(example), []
-                    samples = [self.prompts.encode_ending(context, ending) for context, ending in pairs]
+                    samples = [ending_sample(self.encoder, context, ending) for context, ending in pairs]
                 else:
                     texts = _letters(example) if decoding.answer_method == "letters" else outputs_of(example)
                     prompt_media = media.read(example)
-                    samples = [self.prompts.with_answer(turns_asked(example), prompt_media, text) for text in texts]
+                    samples = [
+                        answered_sample(self.encoder, turns_asked(example), prompt_media, text) for text in texts
+                    ]
                 media_shown = (*example.images, *example.videos)
                 samples = [replace(sample, id=example.id, media=media_shown) for sample in samples]
                 check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, example.id)
             except BadSample as error:
                 yield [prediction(example, None, error.reason)]
                 continue
-            if rows and len(rows) + len(samples) > decoding.batch_size:
+            if waiting and len(waiting) + len(samples) > decoding.batch_size:
                 yield score_batch()
-                rows, batch = [], []
-            rows += samples
+                waiting, batch = [], []
+            waiting += samples
             batch.append((example, texts, len(samples)))
         if batch:
             yield score_batch()
@@ -295,17 +287,17 @@ class Assistant:
     ) -> list[str | None]:
         """Generates each prompt's answer; None where the scores were not finite."""
         ids = self.new_ids(batch, max_new_tokens=max_new_tokens, options=options)
-        return [None if NO_TOKEN in row.tolist() else self.prompts.encoder.decode(row) for row in ids]
+        return [None if NO_TOKEN in answer.tolist() else self.encoder.decode(answer) for answer in ids]
 
     @cached_property
     def packing(self) -> Packing:
         """Says how samples with answers are packed: as trees, where the model follows them."""
-        return check_packing(self.backbone, self.prompts.encoder, "trees")[0]
+        return check_packing(self.backbone, self.encoder, "trees")[0]
 
     @torch.inference_mode()
     def labelled(self, samples: Sequence[Sample], packing: Packing = "plain", *, keep_logits: bool = False) -> Features:
         """Computes hidden states and losses at the positions that predict labelled tokens."""
-        batch = self.prompts.collate(samples, "right", packing)
+        batch = replace(self.encoder.collate, packing=packing)(samples)
         labels = batch["labels"].to(self.device)
         return self.backbone(**inputs_on_device(batch, self.device), labels=labels, keep_logits=keep_logits)
 
@@ -321,7 +313,7 @@ class Assistant:
     ) -> Float[Tensor, "tokens vocab"]:
         """See `Predictor`; an empty answer has none."""
         try:
-            sample = self.prompts.with_answer(turns_asked(example), media.read(example), answer)
+            sample = answered_sample(self.encoder, turns_asked(example), media.read(example), answer)
         except BadSample:
             return torch.zeros(0, 1)
         logits = self.labelled([sample], keep_logits=True).logits

@@ -261,7 +261,7 @@ def _prepare_set(
     one_length = False
     if isinstance(model, Assistant):
         prompt = benchmark.prompt
-        one_length = model.prompts.encoder.videos_of_one_length
+        one_length = model.encoder.videos_of_one_length
         settings["prompt"] = prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt)
         settings |= {"frames": frames} if has_videos else {}
         settings |= {"answers": options.answer_by} if by_likelihood else {}

@@ -21,7 +21,7 @@ from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.text_file import text_lines
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.assistant import Assistant, answered_sample
 from dora_vl.evaluation.predictor import Decoding, PromptMedia, media_reader
 from dora_vl.evaluation.questions import turns_asked
 
@@ -52,7 +52,7 @@ def measure_abilities(assistant: Assistant, texts: Path | None = None, base: Abi
         passages = [line.strip() for _, line in text_lines(texts, "a passage a line") if line.strip()]
         if not passages:
             raise UserError(f"{texts}: holds no text")
-    tokenizer = assistant.prompts.encoder.tokenizer
+    tokenizer = assistant.encoder.tokenizer
     samples: list[Sample] = []
     for passage in passages:
         ids = torch.tensor(tokenizer(passage)["input_ids"][:MOST_TOKENS])
@@ -80,11 +80,11 @@ def _mean_nats(assistant: Assistant, samples: Sequence[Sample]) -> float:
 
 def _answer_sample(assistant: Assistant, example: Example, text: str) -> Sample:
     """Makes a sample of an answer without what closes it: `NEW_TOKENS` may have cut it."""
-    turns, prompts = turns_asked(example), assistant.prompts
-    sample = prompts.with_answer(turns, PromptMedia(), text)
-    closing = prompts.encoder.answers(Example(example.id, turns=(*turns, Turn("assistant", text))))[-1].closing
+    turns, encoder = turns_asked(example), assistant.encoder
+    sample = answered_sample(encoder, turns, PromptMedia(), text)
+    closing = encoder.answers(Example(example.id, turns=(*turns, Turn("assistant", text))))[-1].closing
     labelled = (sample.labels != IGNORED_LABEL).nonzero().flatten()
-    length = len(prompts.encoder.tokenizer(closing, add_special_tokens=False)["input_ids"])
+    length = len(encoder.tokenizer(closing, add_special_tokens=False)["input_ids"])
     if 0 < length < len(labelled):
         sample.labels[labelled[-length:]] = IGNORED_LABEL
     return sample

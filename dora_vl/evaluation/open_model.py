@@ -19,12 +19,12 @@ from dora_vl.adapters.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter, no_adapter
 from dora_vl.adapters.settings import check_peft_fields
 from dora_vl.backbones.base import Attention, Backbone, model_type_of, why_refused
-from dora_vl.backbones.encoder import open_encoder
+from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.families.formats import FORMATS, OWN_TEMPLATE, PROMPTS, TEMPLATES
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, short_repr
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predictor import Predictor
 from dora_vl.files import HUB_ID, check_attention, file_sha256
 from dora_vl.run.base import DECODER, VLBART, load_base
@@ -215,18 +215,18 @@ def open_model(source: ModelSource | ModelRequest) -> OpenedModel:
     transformers_logging.disable_progress_bar()
     if source.kind == VLBART:
         return _open_vlbart(source)
-    prompts, request = prompts_of(source), source.request  # before the weights: it may refuse
+    encoder, request = prompt_encoder(source), source.request  # before the weights: it may refuse
     backbone = load_decoder(source)
     adapted, plain = with_adapter(backbone, request.adapter, with_base=request.with_base, strength=request.strength)
-    return OpenedModel(adapted=Assistant(adapted, prompts), base=None if plain is None else Assistant(plain, prompts))
+    return OpenedModel(adapted=Assistant(adapted, encoder), base=None if plain is None else Assistant(plain, encoder))
 
 
-def prompts_of(source: ModelSource) -> EncoderPrompts:
+def prompt_encoder(source: ModelSource) -> Encoder:
     """Opens the encoder of a decoder's prompts; reads no weights."""
     if source.kind != DECODER:
         raise UserError(f"{source.base} is a {source.kind}, which answers no chat")
     model = _model_config(source)
-    encoder = open_encoder(
+    return open_encoder(
         model.base,
         template=source.recipe.get("template") or source.request.template,
         aspect=model.image_aspect,
@@ -234,7 +234,6 @@ def prompts_of(source: ModelSource) -> EncoderPrompts:
         revision=model.revision,
         thinking=source.recipe.get("thinking"),
     )
-    return EncoderPrompts(encoder)
 
 
 def load_decoder(source: ModelSource) -> Backbone[Any]:

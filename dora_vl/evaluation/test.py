@@ -24,7 +24,7 @@ from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.data.table import ExampleTable
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.baselines import UNTRAINED, ComparisonAnswers, draw_sample, right_text
 from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetting_lines, try_measure
 from dora_vl.evaluation.plots import loss_unit, series, write_contact_sheet, write_loss_curve
@@ -165,7 +165,7 @@ def test_adapter(
             lost = compare_abilities(before, after)
         numbers = {**numbers, "forgetting": lost}
     if evaluation.files:
-        folder, encoder = run_folder_of(config.training), assistant.prompts.encoder
+        folder, encoder = run_folder_of(config.training), assistant.encoder
         evaluate_commonsense(assistant.backbone, encoder, evaluation, run_folder=folder, numbers=numbers)
     else:
         run_test(assistant, config, numbers=numbers, untrained=untrained)
@@ -199,7 +199,7 @@ def media_of_run(
     """Makes the reader of a run's media, those of `evaluation.file` or else of its own samples."""
     data = config.data
     folder = image_folder(data, config.evaluation.image_folder if of_test else None)
-    same = data.video_frames if assistant.prompts.encoder.videos_of_one_length else None
+    same = data.video_frames if assistant.encoder.videos_of_one_length else None
     root = folder if of_test and config.evaluation.image_folder else video_folder(data)
     videos = VideoReading(folder=root, sampling=video_sampling(data), frames=same, reader=reader or VideoReader())
     return MediaReader(folder=folder, videos=videos)
@@ -298,7 +298,7 @@ def evaluate_commonsense(
         )
         for scoring in evaluation.scoring
     ]
-    return evaluate_and_draw(sets, Assistant(backbone, EncoderPrompts(encoder)), run_folder, header=numbers)
+    return evaluate_and_draw(sets, Assistant(backbone, encoder), run_folder, header=numbers)
 
 
 # The pictures of a test.

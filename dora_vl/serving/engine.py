@@ -27,7 +27,7 @@ from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn, placeholder_first
 from dora_vl.errors import BadSample, one_line
-from dora_vl.evaluation.assistant import check_room
+from dora_vl.evaluation.assistant import check_room, growing_answer, prompt_batch, prompt_sample
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.decoding import (
     KVCacheBatch,
@@ -138,7 +138,7 @@ class BatchDecoder:
         running = [RunningRequest(request, self._text(request)) for request in batch]
         running.sort(key=lambda request: request.applied)
         samples = [request.submitted.prepared.sample for request in running]
-        return running, self._model.assistant.prompts.collate(samples, "left")
+        return running, prompt_batch(self._model.assistant.encoder, samples)
 
     def _run(
         self,
@@ -202,7 +202,7 @@ class BatchDecoder:
 
         return SequenceText(
             prepared.sampling,
-            prepared.entry.prompts.growing_text(),
+            growing_answer(prepared.entry.encoder),
             write=lambda text: request.send(TextPiece(text)),
             over=lambda: request.is_expired or self._ending(),
             done=done,
@@ -232,7 +232,7 @@ class Engine(AbstractContextManager["Engine"]):
     def __init__(self, model: ServedModel, settings: ServerSettings | None = None) -> None:
         self.model = model
         self.settings = settings or ServerSettings()
-        self._scheduler = Scheduler(self.settings, lambda: model.assistant.prompts.encoder.cannot_mix_media)
+        self._scheduler = Scheduler(self.settings, lambda: model.assistant.encoder.cannot_mix_media)
         self._encoding = threading.Lock()
         """Lets one thread at a time use tokenizers and processors."""
         self._decoder = BatchDecoder(model, lambda: self._scheduler.closed)
@@ -268,7 +268,7 @@ class Engine(AbstractContextManager["Engine"]):
             reason = f"its {characters:,} characters are more than a prompt of {allowed:,} tokens can hold; shorten it"
             raise BadSample("request", reason)
         with self._encoding:
-            sample = entry.prompts.sample(turns, media)
+            sample = prompt_sample(entry.encoder, turns, media)
         tokens = len(sample.input_ids)
         if most is not None and tokens > most:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")

@@ -19,6 +19,7 @@ from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.base import Backbone, decoder_of
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families.table import LLAVA
 from dora_vl.core.adapter_slots import ActiveAdapters, Axis, SlotChange, SlotLayer
 from dora_vl.core.inject import replace_module
@@ -29,14 +30,14 @@ from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.strength import AppliedAdapter
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, short_repr
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.assistant import Assistant, prompt_batch, prompt_sample
 from dora_vl.evaluation.open_model import (
     ModelRequest,
     ModelSource,
     adapter_recipe,
     find_source,
     load_decoder,
-    prompts_of,
+    prompt_encoder,
 )
 from dora_vl.evaluation.predictor import PromptMedia
 
@@ -185,7 +186,7 @@ class ServedEntry:
     """
 
     name: str | None
-    prompts: EncoderPrompts
+    encoder: Encoder
     alone: bool = False
 
     def applied(self, strength: float) -> AppliedAdapter | None:
@@ -205,12 +206,12 @@ class ServedModel:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.source = source
-        prompts = prompts_of(source)
+        encoder = prompt_encoder(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
-        self.assistant = Assistant(self.backbone, prompts)
+        self.assistant = Assistant(self.backbone, encoder)
         self.adapters = AdapterSlots(self.backbone.model, self._layers())
-        self._entries: dict[str, ServedEntry] = {base_name: ServedEntry(None, prompts)}
+        self._entries: dict[str, ServedEntry] = {base_name: ServedEntry(None, encoder)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -227,7 +228,7 @@ class ServedModel:
         """Reads an adapter and serves it, before any request."""
         read = self.adapters.read(folder)
         self.adapters.put(name, read)
-        self._entries[name] = ServedEntry(name, prompts_of(source), read.alone)
+        self._entries[name] = ServedEntry(name, prompt_encoder(source), read.alone)
 
     def rows(
         self, entries: Sequence[ServedEntry], pictures: Sequence[int], strengths: Sequence[float] = ()
@@ -251,8 +252,8 @@ class ServedModel:
 
     def _layers(self) -> Layers:
         model = self.backbone.model
-        sample = self.assistant.prompts.sample([Turn("user", "a")], PromptMedia())
-        batch = self.assistant.prompts.collate([sample] * PROBE_ROWS, "left")
+        sample = prompt_sample(self.assistant.encoder, [Turn("user", "a")], PromptMedia())
+        batch = prompt_batch(self.assistant.encoder, [sample] * PROBE_ROWS)
         options = {"min_new_tokens": PROBE_TOKENS, "num_beams": 1}
         run = partial(self.assistant.new_ids, batch, max_new_tokens=PROBE_TOKENS, options=options)
         seen = rows_seen(model, run, rows=PROBE_ROWS, tokens=batch["input_ids"].shape[1])

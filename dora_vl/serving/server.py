@@ -121,7 +121,7 @@ class Server(contextlib.AbstractContextManager["Server"]):
     def __init__(self, engine: Engine, *, rules: AccessRules | None = None) -> None:
         self.engine, self.settings = engine, engine.settings
         self.rules = rules or AccessRules()
-        same_length = engine.model.assistant.prompts.encoder.videos_of_one_length
+        same_length = engine.model.assistant.encoder.videos_of_one_length
         self.media = RequestMedia(engine.settings, same_length=same_length)
         self.started = int(time.time())
         self._held, self._most_held = 0, engine.settings.waiting + engine.settings.batch

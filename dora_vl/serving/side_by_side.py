@@ -131,10 +131,10 @@ class SideBySide:
     """Puts users' questions to an engine."""
 
     def __init__(self, engine: Engine) -> None:
-        prompts = engine.model.assistant.prompts
+        encoder = engine.model.assistant.encoder
         self.engine = engine
-        self.media = RequestMedia(engine.settings, same_length=prompts.encoder.videos_of_one_length)
-        self.frames_are_pictures = prompts.frames_are_pictures
+        self.media = RequestMedia(engine.settings, same_length=encoder.videos_of_one_length)
+        self.frames_are_pictures = encoder.no_videos_reason is not None
         self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
 

@@ -20,7 +20,7 @@ from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.test import check_test, read_sets, test_adapter, watch_run
 from dora_vl.run.base import (
     DECODER,
@@ -138,7 +138,7 @@ class DecoderPipeline(Pipeline):
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
         """Puts the chats of `data.replay` into the run's folder; a base that has none yet writes them."""
         if self.config.data.replay:
-            assistant = Assistant(backbone, EncoderPrompts(self.opened(arguments).encoder))
+            assistant = Assistant(backbone, self.opened(arguments).encoder)
             copy_chats(self.config, assistant, arguments.device)
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
@@ -211,7 +211,7 @@ class DecoderPipeline(Pipeline):
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Watches questions of the validation samples, or else of the test."""
         opened = self.opened(arguments)
-        assistant = Assistant(backbone, EncoderPrompts(opened.encoder), while_training=True)
+        assistant = Assistant(backbone, opened.encoder, while_training=True)
         return watch_run(assistant, self.config, opened.samples.held_out)
 
     def reading(
@@ -247,5 +247,5 @@ class DecoderPipeline(Pipeline):
         strength = checked_strength(self.config.evaluation.strength)
         base = self.load()
         base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
-        assistant = Assistant(base, EncoderPrompts(encoder_of_saved(self.config)))
+        assistant = Assistant(base, encoder_of_saved(self.config))
         test_adapter(assistant, partial(self.with_saved_adapter, base, strength), self.config, numbers=numbers)

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     """Writes the chats unless they are there; yields where they are."""
     import torch
 
-    from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+    from dora_vl.evaluation.assistant import Assistant
     from dora_vl.run.launch import log_to_stderr
     from dora_vl.run.settings_parser import read_run
     from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -46,5 +46,5 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         pipeline.prepare(arguments)  # composes the base, and looks whether the data has thoughts
     pipeline.config = config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assistant = Assistant(pipeline.load(), EncoderPrompts(pipeline.opened(arguments).encoder))
+    assistant = Assistant(pipeline.load(), pipeline.opened(arguments).encoder)
     yield f"{find_or_write_chats(config, assistant, device)}: chats of {config.model.base}"

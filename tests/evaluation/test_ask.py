@@ -29,8 +29,8 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation import ask_command, vlbart_tasks
 from dora_vl.evaluation import assistant as assistant_module
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.assistant import inputs_on_device
-from dora_vl.evaluation.open_model import ModelRequest, OpenedModel, find_source, open_model, prompts_of
+from dora_vl.evaluation.assistant import inputs_on_device, prompt_batch, prompt_sample
+from dora_vl.evaluation.open_model import ModelRequest, OpenedModel, find_source, open_model, prompt_encoder
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.run.settings_parser import read_run, read_run_file
@@ -103,7 +103,7 @@ def test_the_base_beside_it_is_the_base(pictures_adapter: Path, pictures: list[s
 def test_strength_is_that_of_the_server(pictures_adapter: Path, pictures: list[str]) -> None:
     model = open_served(None, {"one": pictures_adapter})
     turns, seen = [Turn("user", "<image>\nSay the colour.")], PromptMedia(pictures=(open_picture(Path(pictures[0])),))
-    batch = model.assistant.prompts.collate([model.entry("one").prompts.sample(turns, seen)], "left")
+    batch = prompt_batch(model.assistant.encoder, [prompt_sample(model.entry("one").encoder, turns, seen)])
     inputs = inputs_on_device(batch, "cpu")
 
     labels, seen_logits = inputs["input_ids"].clamp_min(0), []
@@ -216,7 +216,7 @@ def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> N
     config = json.loads((folder / "config.json").read_text())
 
     def pixels(request: ModelRequest) -> torch.Tensor:
-        return prompts_of(find_source(request)).encoder.processor.pixels(picture)
+        return prompt_encoder(find_source(request)).processor.pixels(picture)
 
     seen = [pixels(ModelRequest(model=str(folder), template="vicuna_v1"))]
     for aspect in ("squash", "pad"):

@@ -19,7 +19,7 @@ from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation import assistant as assistant_module
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts, inputs_on_device
+from dora_vl.evaluation.assistant import Assistant, answered_sample, inputs_on_device, prompt_batch, prompt_sample
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.predictor import Decoding, PromptMedia, media_reader
@@ -71,7 +71,7 @@ def conversations(name: str) -> Iterator[tuple[list[Turn], PromptMedia]]:
 
 
 def new_ids(assistant: Assistant, *samples: Sample) -> list[list[int]]:
-    return assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS).tolist()
+    return assistant.new_ids(prompt_batch(assistant.encoder, samples), max_new_tokens=NEW_TOKENS).tolist()
 
 
 def assert_a_batch_is_each_alone(assistant: Assistant, samples: Sequence[Sample]) -> None:
@@ -85,15 +85,15 @@ def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> Non
     name, folder = model
     assistant = opened(folder)
     assert_a_batch_is_each_alone(
-        assistant, [assistant.prompts.sample(*conversation) for conversation in conversations(name)]
+        assistant, [prompt_sample(assistant.encoder, *conversation) for conversation in conversations(name)]
     )
 
 
 def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: tuple[str, Path]) -> None:
     name, folder = model
     assistant = opened(folder)
-    samples = [assistant.prompts.sample(*conversation) for conversation in conversations(name)]
-    batch = assistant.prompts.collate(samples, "left")
+    samples = [prompt_sample(assistant.encoder, *conversation) for conversation in conversations(name)]
+    batch = prompt_batch(assistant.encoder, samples)
     expected = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
     others = {token for index, sample in enumerate(samples) if index != 1 for token in sample.input_ids.tolist()}
     own = next(token for token in samples[1].input_ids.tolist() if token not in others)
@@ -118,10 +118,10 @@ def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None
         ([Turn("user", "<image>\nIs it here: <video>\nSay it.")], PromptMedia(pictures=(picture,), videos=(clip,))),
         ([Turn("user", "What colour is it?")], PromptMedia()),
     ]
-    samples = [assistant.prompts.sample(*conversation) for conversation in conversations]
+    samples = [prompt_sample(assistant.encoder, *conversation) for conversation in conversations]
     assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
-    assert assistant.prompts.encoder.videos_of_one_length is (name == "llava_onevision")
-    assert not assistant.prompts.frames_are_pictures
+    assert assistant.encoder.videos_of_one_length is (name == "llava_onevision")
+    assert assistant.encoder.no_videos_reason is None
     assert_a_batch_is_each_alone(assistant, samples)
 
 
@@ -130,11 +130,11 @@ def test_a_likelihood_is_the_sum_over_the_answer_and_what_closes_it(model: tuple
     assistant = opened(folder)
     turns, seen = list(conversations(name))[-1]
     choices = ["A", "B because it is", "C it"]
-    samples = [assistant.prompts.with_answer(turns, seen, text) for text in choices]
+    samples = [answered_sample(assistant.encoder, turns, seen, text) for text in choices]
     together = assistant.log_likelihoods(samples)
-    prompt = len(assistant.prompts.sample(turns, seen).input_ids)
+    prompt = len(prompt_sample(assistant.encoder, turns, seen).input_ids)
     for sample, likelihood in zip(samples, together, strict=True):
-        batch = inputs_on_device(assistant.prompts.collate([sample], "right"), "cpu")
+        batch = inputs_on_device(assistant.encoder.collate([sample]), "cpu")
         del batch["attention_mask"]
         with torch.no_grad():
             logits = assistant.backbone.model(**batch).logits.log_softmax(-1)[0]
@@ -190,7 +190,7 @@ def test_a_model_without_an_adapter_is_evaluated(name: str, data: Path, tmp_path
     assert likeliest["sets"]["colours"]["asked_with"]["answer_by"] == "likelihood"
     assistant, shown = opened(folder), PromptMedia(pictures=(Image.open(data / "0.png").convert("RGB"),))
     turns = [Turn("user", f"<image>\nWhich colour?\nA. red\nB. green\nC. blue\n{LETTER}")]
-    samples = [assistant.prompts.with_answer(turns, shown, letter) for letter in "ABC"]
+    samples = [answered_sample(assistant.encoder, turns, shown, letter) for letter in "ABC"]
     assert answers(tmp_path / "letters")["q0"] == "ABC"[int(assistant.log_likelihoods(samples).argmax())]
 
 
@@ -225,8 +225,8 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path) -> No
     template = "vicuna_v1" if name == "language" else None
     ours = open_model(ModelRequest(adapter=adapter, with_base=True, template=template))
     turns, seen = list(conversations(name))[-1]
-    sample = ours.adapted.prompts.sample(turns, seen)
-    batch = inputs_on_device(ours.adapted.prompts.collate([sample], "left"), "cpu")
+    sample = prompt_sample(ours.adapted.encoder, turns, seen)
+    batch = inputs_on_device(prompt_batch(ours.adapted.encoder, [sample]), "cpu")
     plain = auto_class(base).from_pretrained(base)
     with torch.no_grad():
         logits, bare = (assistant.backbone.model(**batch).logits for assistant in (ours.adapted, ours.base))
@@ -308,7 +308,7 @@ PROOF = 40
 def test_a_picture_is_read_once(tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, examples = tmp_path, examples_in(tmp_path)
     base = write_tiny_llava(folder / "base")
-    assistant = Assistant(open_backbone(str(base)), EncoderPrompts(open_encoder(str(base), max_tokens=512)))
+    assistant = Assistant(open_backbone(str(base)), open_encoder(str(base), max_tokens=512))
     media, decoding = media_reader(folder, frames=1), Decoding(batch_size=batch_size, max_new_tokens=4)
 
     seen: list[int] = []

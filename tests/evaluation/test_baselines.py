@@ -13,7 +13,7 @@ from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.example import MIDDLE_FRAME, Answer, Clip, Example
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.baselines import (
     MOST_EXCHANGED,
     UNTRAINED,
@@ -248,7 +248,7 @@ def test_the_base_s_answers_are_measured_on_both_models_without_what_closes_them
     base = write_tiny_language(tmp_path / "base")
     encoder = open_encoder(str(base), template="vicuna_v1", max_tokens=512)
     model = open_backbone(str(base), dtype=torch.float32).eval()
-    assistant = Assistant(model, EncoderPrompts(encoder))
+    assistant = Assistant(model, encoder)
     before = measure_abilities(assistant)
     with torch.no_grad():
         model.model.model.layers[0].self_attn.q_proj.weight.add_(0.3)

@@ -124,7 +124,9 @@ def test_prompts_have_a_longest(model: ServedModel, monkeypatch: Any) -> None:
             assert refused.value.sample_id == "request"
         filled = engine.prepare("base", [Turn("user", "a")], Sampling(max_new_tokens=4000), fill=True)
         assert filled.tokens == 2048
-        monkeypatch.setattr(type(model.entry("one").prompts), "sample", lambda *_: pytest.fail("it was rendered"))
+        monkeypatch.setattr(
+            type(model.entry("one").encoder), "encode_prompt", lambda *_: pytest.fail("it was rendered")
+        )
         for name in ("one", "base"):  # an endless text, before it is tokenised
             with pytest.raises(BadSample):
                 engine.prepare(name, [Turn("user", "a b " * 10**7)], Sampling(max_new_tokens=1), fill=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.assistant import inputs_on_device
+from dora_vl.evaluation.assistant import inputs_on_device, prompt_batch, prompt_sample
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
@@ -194,8 +194,8 @@ def test_a_tower_at_several_strengths_are_batches_of_their_own(tmp_path: Path, m
 
 @torch.inference_mode()
 def test_base_rows_of_a_mixed_batch_have_the_bases_bits(base: Path, model: ServedModel) -> None:
-    sample = model.assistant.prompts.sample(*PICTURES[1])
-    inputs = inputs_on_device(model.assistant.prompts.collate([sample] * 3, "left"), "cpu")
+    sample = prompt_sample(model.assistant.encoder, *PICTURES[1])
+    inputs = inputs_on_device(prompt_batch(model.assistant.encoder, [sample] * 3), "cpu")
     plain = alone(base, None).backbone.model(**inputs).logits
     with model.rows([model.entry("base"), model.entry("one"), model.entry("four")], [1, 1, 1]):
         mixed = model.backbone.model(**inputs).logits

@@ -20,7 +20,7 @@ from dora_vl.adapters.adapter import content_hash
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.assistant import Assistant, prompt_batch, prompt_sample
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.decoding import Sampling
@@ -97,7 +97,7 @@ def alone(base: Path, adapter: Path | None, *, template: str | None = None) -> A
 
 
 def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: PromptMedia = NOTHING, *, tokens: int = 8) -> str:
-    batch = assistant.prompts.collate([assistant.prompts.sample(turns, seen)], "left")
+    batch = prompt_batch(assistant.encoder, [prompt_sample(assistant.encoder, turns, seen)])
     return assistant.answers(batch, max_new_tokens=tokens)[0]
 
 

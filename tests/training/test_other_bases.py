@@ -17,8 +17,8 @@ from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import ModelRequest, find_source, open_model, prompts_of
+from dora_vl.evaluation.assistant import Assistant, prompt_sample
+from dora_vl.evaluation.open_model import ModelRequest, find_source, open_model, prompt_encoder
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.opened import encoder_of_saved
@@ -81,7 +81,9 @@ def test_three_steps_are_trained_saved_and_opened_again(videos: Path, monkeypatc
     answers: list[torch.Tensor] = []
     for assistant in (opened.adapted, opened.base):
         assert isinstance(assistant, Assistant)
-        sample = assistant.prompts.sample([Turn("user", "<video>\nSay the colour.")], PromptMedia(videos=(video,)))
+        sample = prompt_sample(
+            assistant.encoder, [Turn("user", "<video>\nSay the colour.")], PromptMedia(videos=(video,))
+        )
         with torch.no_grad():
             answers.append(assistant.backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits)
     assert (answers[0] - answers[1]).abs().max() > 1e-4
@@ -173,7 +175,7 @@ def test_they_train_and_resume_with_the_same_loss_in_any_rows(tmp_path: Path, fa
     torch.testing.assert_close(losses_of(apart), losses, rtol=0, atol=1e-5)
     recipe = json_of(folder / "adapter" / "recipe.json")
     assert recipe["thinking"] is (None if sees else thoughts)
-    prompts = prompts_of(find_source(ModelRequest(adapter=folder / "adapter"))).encoder.prompts
+    prompts = prompt_encoder(find_source(ModelRequest(adapter=folder / "adapter"))).prompts
     tested = encoder_of_saved(decoder_run(run_file, f"--training.output_dir={folder}").config).prompts
     assert prompts.thinking is tested.thinking is recipe["thinking"]
 
@@ -240,7 +242,7 @@ def adapter_of(root: Path, kind: str) -> Path:
 
 
 def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
-    sample = assistant.prompts.sample(TURNS, PromptMedia(pictures=(open_picture(picture),)))
+    sample = prompt_sample(assistant.encoder, TURNS, PromptMedia(pictures=(open_picture(picture),)))
     with torch.no_grad():
         return assistant.backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits
 
@@ -266,17 +268,17 @@ def test_the_merged_plain_model_is_the_trained_one(root: Path, tmp_path: Path, k
     ours = logits_of(opened.adapted, root / "red.png")
     plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
     assert "quantization_config" not in json_of(tmp_path / "merged" / "config.json")
-    assistant = Assistant(type(opened.adapted.backbone)(plain), opened.adapted.prompts)
+    assistant = Assistant(type(opened.adapted.backbone)(plain), opened.adapted.encoder)
     # LLM.int8 rounds inputs as well, which no plain model does.
     tolerance = 0.05 * float(ours.abs().max()) if kind == "int8" else 1e-4
     torch.testing.assert_close(logits_of(assistant, root / "red.png"), ours, rtol=0, atol=tolerance)
     assert isinstance(opened.base, Assistant)
     alone = open_backbone(str(root / "qwen2_5_vl"), quantisation=kind)  # pyright: ignore[reportArgumentType]
-    untouched = logits_of(Assistant(alone.eval(), opened.adapted.prompts), root / "red.png")
+    untouched = logits_of(Assistant(alone.eval(), opened.adapted.encoder), root / "red.png")
     torch.testing.assert_close(logits_of(opened.base, root / "red.png"), untouched, rtol=0, atol=1e-6)
     assert float((untouched - ours).abs().max()) > 1e-2
     stored = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "b", "--base-values", "stored"))
-    other = Assistant(type(opened.adapted.backbone)(stored.eval()), opened.adapted.prompts)
+    other = Assistant(type(opened.adapted.backbone)(stored.eval()), opened.adapted.encoder)
     assert float((logits_of(other, root / "red.png") - logits_of(assistant, root / "red.png")).abs().max()) > 1e-3
 
 

@@ -22,7 +22,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.heads import next_token
 from dora_vl.heads.objectives import OBJECTIVES
 from dora_vl.heads.preferences import Hyperparameters
@@ -305,7 +305,7 @@ def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **set
         **settings,
     }
     source = ModelAnswers(
-        assistant=Assistant(backbone, EncoderPrompts(encoder), while_training=True),
+        assistant=Assistant(backbone, encoder, while_training=True),
         max_new_tokens=LONGEST,
         never=values.pop("never", ()),
         autocast=None,

@@ -13,7 +13,6 @@ from dora_vl.backbones.encoder import open_encoder
 from dora_vl.data.example import Example
 from dora_vl.data.table import load_rows
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.assistant import EncoderPrompts
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import ModelConfig
 from dora_vl.training.extras import replay
@@ -62,7 +61,7 @@ def writer_of(base: Path, template: str, batches: Sequence[Sequence[str]]) -> tu
     encoder = open_encoder(str(base), template=template, max_tokens=256)
     backbone = ScriptedBackbone(encoder.tokenizer, batches)
     assistant: Any = SimpleNamespace(
-        prompts=EncoderPrompts(encoder),
+        encoder=encoder,
         backbone=backbone,
         device=torch.device("cpu"),
         new_ids=lambda batch, **options: backbone.generate(batch["input_ids"], batch["attention_mask"], **options),

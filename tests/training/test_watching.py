@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.evaluation.questions import read_questions
@@ -65,7 +65,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter_and_no_loss_changes(run
     config = read_run_file(run_file)
     pipeline = DecoderPipeline(config)
     backbone, _ = with_adapter(pipeline.load(), folder / "adapter")
-    assistant = Assistant(backbone, EncoderPrompts(encoder_of(config, thinking=None)))
+    assistant = Assistant(backbone, encoder_of(config, thinking=None))
     by_id = {row.id: row for row in read_questions(Path(str(config.data.train)))[0]}
     for entry in watched.questions:
         question = by_id[entry.id]

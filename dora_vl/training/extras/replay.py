@@ -30,7 +30,7 @@ from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.table import ExampleTable, load_rows
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, SettingError, UserError
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.assistant import Assistant, prompt_batch
 from dora_vl.files import file_sha256, whole_file, write_json_lines
 from dora_vl.run.folder import REPLAY, run_folder_of
 from dora_vl.run.launch import on_first_rank
@@ -66,7 +66,7 @@ class ChatWriter:
     """Has the base write chats by its template; leaves out those that are empty, repetitive or not encodable."""
 
     def __init__(self, assistant: Assistant, model: ModelConfig) -> None:
-        self._assistant, self._encoder = assistant, assistant.prompts.encoder
+        self._assistant, self._encoder = assistant, assistant.encoder
         self._ends = end_tokens(assistant.backbone.model)
         self._opening, self._closing = list[int](), None
         with suppress(UserError):  # no chat template, or none that fits: plain openings
@@ -110,7 +110,7 @@ class ChatWriter:
         """Returns what the base writes after each prompt, and whether it came to its end."""
         samples = [Sample(ids := torch.tensor(prompt), torch.full_like(ids, IGNORED_LABEL)) for prompt in prompts]
         options = {**SAMPLED, **({"eos_token_id": sorted(ends)} if ends else {})}
-        batch = self._assistant.prompts.collate(samples, "left")
+        batch = prompt_batch(self._encoder, samples)
         texts: list[tuple[str, bool]] = []
         for row in self._assistant.new_ids(batch, max_new_tokens=tokens, options=options).tolist():
             end = next((index for index, token in enumerate(row) if token in ends or token < 0), None)
@@ -183,7 +183,7 @@ def check_base_writes(config: RunConfig, encoder: Encoder) -> None:
 
 def find_or_write_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> Path:
     """Returns the file of a base's chats; one that has none yet writes them on a device."""
-    path, before = chats_path(config, assistant.prompts.encoder), assistant.device
+    path, before = chats_path(config, assistant.encoder), assistant.device
     if not path.is_file():
         assistant.backbone.to(device)
         write_chats(path, assistant, config.model)

@@ -19,7 +19,7 @@ from dora_vl.data.columns import train_name
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample, Skipped
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.questions import last_round
 from dora_vl.evaluation.rewards import Reward, check_truths, rewards_of
 from dora_vl.heads.rewards import divergence
@@ -98,7 +98,7 @@ class Rewards(Way):
         half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
         if objective.vllm is None:
             source = ModelAnswers(
-                assistant=Assistant(backbone, EncoderPrompts(opened.encoder), while_training=True),
+                assistant=Assistant(backbone, opened.encoder, while_training=True),
                 autocast=None if arguments.deepspeed else half,
                 max_new_tokens=objective.max_new_tokens,
                 never=never,

@@ -111,7 +111,7 @@ class ModelAnswers:
 
     def draw(self, samples: Sequence[Sample], group: int, seed: int) -> list[Group]:
         """See `AnswerSource`."""
-        device, encoder, backbone = self.assistant.device, self.assistant.prompts.encoder, self.assistant.backbone
+        device, encoder, backbone = self.assistant.device, self.assistant.encoder, self.assistant.backbone
         draws = TokenDrawer(torch.Generator(device).manual_seed(seed), self.never)
         prompts = [prompt for sample in samples for prompt in [prompt_of(sample)] * group]
         training = backbone.training
