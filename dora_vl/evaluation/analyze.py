@@ -1,8 +1,8 @@
 """`dora-vl analyze`: how training changed the weights, in magnitude and in direction (the DoRA paper, section 3).
 
 A panel for each model, a point for each layer and checkpoint. A tuned model is a plain model folder, an adapter folder,
-or a run's checkpoints of either. Nothing is merged on disk: a layer's weight after training comes as blocks of rows
-beside the base's rows.
+or a run's checkpoints of either. Nothing is merged on disk: a layer's weight after training comes in
+blocks of outputs, each beside the base's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MARKERS = "oDs^vP*X<>"
 PANEL_WIDTH, HEIGHT = 4.2, 4.6  # inches
 LEGEND_ENTRIES = 8
 DRAWS, LEAST_LAYERS = 1000, 5
-Blocks = Iterator[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]]
+Blocks = Iterator[tuple[Float[Tensor, "outputs in_"], Float[Tensor, "outputs in_"]]]
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class TunedWeights:
     factors: Mapping[str, Factors] = field(default_factory=dict)
 
     def blocks(self, layer: str) -> Blocks:
-        """Yields a weight before and after training as [out, in], in blocks of rows; computed ones are in float64."""
+        """Yields a weight before and after training as [out, in], in blocks of outputs; computed ones in float64."""
         weight = self.base.weight_of(layer)
         if (factors := self.factors.get(layer)) is not None:
             matrix = factors.as_matrix(weight)
-            for start in range(0, len(matrix), functional.NORM_CHUNK_ROWS):  # each row's norm is its own
+            for start in range(0, len(matrix), functional.NORM_CHUNK_ROWS):  # each output's norm is its own
                 part = slice(start, start + functional.NORM_CHUNK_ROWS)
                 before = matrix[part].double()
                 b, m = (None if tensor is None else tensor[part] for tensor in (factors.lora_B, factors.magnitude))
@@ -117,8 +117,8 @@ class TunedWeights:
             )
         transposed = layer in self.base.transposed_layers
         plain = Factors(lora_A=None, lora_B=None, magnitude=None, scale=1.0, transposed=transposed)
-        rows = (plain.as_matrix(matrix).split(functional.NORM_CHUNK_ROWS) for matrix in (weight, after))
-        yield from zip(*rows, strict=True)
+        both = (plain.as_matrix(matrix).split(functional.NORM_CHUNK_ROWS) for matrix in (weight, after))
+        yield from zip(*both, strict=True)
 
 
 @contextmanager
@@ -259,7 +259,7 @@ def measured(
 
 def as_json(panels: Sequence[Panel], base: Path, axis: VectorAxis) -> dict[str, Any]:
     """Converts all panels to plain JSON values."""
-    rows = [
+    entries = [
         {
             "label": panel.label,
             "source": panel.source,
@@ -282,7 +282,7 @@ def as_json(panels: Sequence[Panel], base: Path, axis: VectorAxis) -> dict[str, 
         }
         for panel in panels
     ]
-    return {"base": str(base), "axis": axis, "panels": rows}
+    return {"base": str(base), "axis": axis, "panels": entries}
 
 
 def draw_panels(panels: Sequence[Panel], layers: Sequence[str], to: Path) -> None:

@@ -332,7 +332,7 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
     """Returns a line for each metric, the benchmark's name on the first; `details` adds parts of sets ("/")."""
     paired = any(entry["difference"] for entry in entries.values())
     head = ["benchmark", "metric", "value", "95 % interval", "n", "no answer"]
-    rows = [head + (["difference", "95 % interval"] if paired else [])]
+    lines = [head + (["difference", "95 % interval"] if paired else [])]
     for name, entry in entries.items():
         of_set = [name, str(entry["n"]), str(len(entry["failed"]))]
         for metric, numbers in entry["metrics"].items():
@@ -340,12 +340,12 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
                 continue
             limits, apart = numbers["interval_95"], entry["difference"].get(metric)
             interval = "" if limits is None else f"{limits[0]:.2f} to {limits[1]:.2f}"
-            row = [of_set[0], metric, f"{numbers['value']:.2f}", interval, *of_set[1:]]
+            line = [of_set[0], metric, f"{numbers['value']:.2f}", interval, *of_set[1:]]
             if paired and apart is not None:
-                row += [f"{apart['value']:+.2f}", f"{apart['low']:+.2f} to {apart['high']:+.2f}"]
-            rows.append(row + [""] * (len(rows[0]) - len(row)))
+                line += [f"{apart['value']:+.2f}", f"{apart['low']:+.2f} to {apart['high']:+.2f}"]
+            lines.append(line + [""] * (len(lines[0]) - len(line)))
             of_set = ["", "", ""]
-    return align_columns(rows, left=2)
+    return align_columns(lines, left=2)
 
 
 def _remark_lines(done: Tested, folder: Path) -> Iterator[str]:

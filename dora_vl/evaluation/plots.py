@@ -121,7 +121,7 @@ def chosen_for_sheet(
     shuffled = list(predictions)
     random.Random(0).shuffle(shuffled)
     fair = shuffled[: SHEET_CELLS - COLUMNS]
-    mistakes = [row for row in shuffled[len(fair) :] if shares.get(row.id, 1.0) < RIGHT_SHARE]
+    mistakes = [wrong for wrong in shuffled[len(fair) :] if shares.get(wrong.id, 1.0) < RIGHT_SHARE]
     return fair, mistakes[:COLUMNS]
 
 
@@ -143,15 +143,15 @@ def write_contact_sheet(
     fair, mistakes = chosen_for_sheet(predictions, shares)
     chosen = fair + mistakes
     title += "\nrandom questions, then a row of mistakes" if mistakes else "\nrandom questions"
-    rows = -(-len(chosen) // COLUMNS)
-    width, height = CELL_WIDTH * COLUMNS + MARGIN, CELL_HEIGHT * rows + TITLE_HEIGHT
+    lines = -(-len(chosen) // COLUMNS)
+    width, height = CELL_WIDTH * COLUMNS + MARGIN, CELL_HEIGHT * lines + TITLE_HEIGHT
     figure = new_figure(width, height)
     middle = 1 - 0.5 * TITLE_HEIGHT / height
     figure.text(0.5, middle, plain_text(title), ha="center", va="center", color=INK, **TITLE_FONT, **PLAIN_TEXT)
     for number, prediction in enumerate(chosen):
-        row, column = divmod(number, COLUMNS)
+        line, column = divmod(number, COLUMNS)
         left = (MARGIN + column * CELL_WIDTH) / width
-        top = 1 - (TITLE_HEIGHT + row * CELL_HEIGHT) / height
+        top = 1 - (TITLE_HEIGHT + line * CELL_HEIGHT) / height
         side = CELL_WIDTH - MARGIN
         axes = figure.add_axes((left, top - side / height, side / width, side / height))
         _draw_picture(axes, prediction, open_picture, subtitles.get(prediction.id, ""))

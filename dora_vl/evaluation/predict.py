@@ -139,7 +139,7 @@ def ask(
 
     Raises:
         UserError: the model's scores were not finite for some questions; the others are answered first, unless
-            `batch_size` questions in a row fail.
+            `batch_size` questions fail one after another.
     """
     started = time.monotonic()
     order = [example.id for example in examples]
@@ -186,15 +186,15 @@ def _ask(
     """Answers examples; returns by id why some could not be asked and how many tokens of a text were cut."""
     failed: dict[str, str] = {}
     without_numbers: list[str] = []
-    in_a_row, cut = 0, dict[str, int]()
+    failing, cut = 0, dict[str, int]()
     with tqdm(total=len(examples), desc="answering", unit="question", disable=not examples) as progress:
         for predictions in model.predict(examples, media, decoding):
             for prediction in predictions:
                 if not prediction.error:
-                    in_a_row = 0
+                    failing = 0
                 elif prediction.error == NOT_FINITE_SCORES:
                     without_numbers.append(prediction.id)
-                    in_a_row += 1
+                    failing += 1
                 else:
                     failed[prediction.id] = prediction.error
                     if len(failed) <= WARNED_FAILURES:
@@ -203,7 +203,7 @@ def _ask(
             keep([prediction for prediction in predictions if not prediction.error])
             cut |= {prediction.id: prediction.cut_tokens for prediction in predictions if prediction.cut_tokens}
             progress.update(len(predictions))
-            if in_a_row >= min(decoding.batch_size, len(examples)):
+            if failing >= min(decoding.batch_size, len(examples)):
                 break
     if without_numbers:
         raise UserError(f"question {short_names(without_numbers)}: {NOT_FINITE_SCORES}")

@@ -357,8 +357,10 @@ MOST_NEW_TOKENS = 32
 def watch_run(assistant: Assistant, config: RunConfig, held_out: ExampleTable | None) -> Watch | None:
     """Watches questions of a run's validation samples, or else of its test."""
     if held_out is not None:
-        rows = (held_out[index] for index in evenly(range(len(held_out)), config.watch))
-        questions = [last_round(row) for row in rows if isinstance(row, Example)]  # validation names others
+        drawn = (held_out[index] for index in evenly(range(len(held_out)), config.watch))
+        questions = [
+            last_round(example) for example in drawn if isinstance(example, Example)
+        ]  # validation names others
     elif config.evaluation.tested is not None:
         test = config.evaluation
         questions = evenly(read_sets(test)[0] if test.files else check_test(config), config.watch)

@@ -114,7 +114,7 @@ class SetResult:
 def score_lines(folder: Path) -> list[dict[str, Any]]:
     """Reads the lines of a folder's `scores.jsonl`; none where it has no such file."""
     path = folder / SCORES
-    return [dict(row) for _, row in json_lines(path, "scores")] if path.is_file() else []
+    return [dict(line) for _, line in json_lines(path, "scores")] if path.is_file() else []
 
 
 def read_results(folder: Path) -> dict[str, SetResult]:

@@ -178,14 +178,14 @@ class VlBartAssistant:
                 most = max(len(example.choices) for example in examples)
                 labels = self._labels([f"a{index}" for index in range(most)])
                 scores = self.backbone.likelihoods(ids, mask, features, labels)
-                for row, example in enumerate(examples):
-                    scores[row, len(example.choices) :] = float("-inf")
+                for number, example in enumerate(examples):
+                    scores[number, len(example.choices) :] = float("-inf")
                 return without_broken([f"a{index}" for index in scores.argmax(1).tolist()], scores)
             if subtask.answer_by == "words":  # each example has choices of its own
                 texts: list[str | None] = []
-                for row, example in enumerate(examples):
-                    one_row, labels = slice(row, row + 1), self._labels(example.choices)
-                    scores = self.backbone.likelihoods(ids[one_row], mask[one_row], features[one_row], labels)
+                for number, example in enumerate(examples):
+                    own, labels = slice(number, number + 1), self._labels(example.choices)
+                    scores = self.backbone.likelihoods(ids[own], mask[own], features[own], labels)
                     texts += without_broken([f"a{int(scores.argmax(1))}"], scores)
                 return texts
             search = subtask.search
@@ -197,10 +197,10 @@ class VlBartAssistant:
                 num_beams=search.beams,
                 no_repeat_ngram_size=search.no_repeat_ngram,
             )
-            return [None if NO_TOKEN in row.tolist() else self.encoder.decode(row) for row in new.cpu()]
+            return [None if NO_TOKEN in answer.tolist() else self.encoder.decode(answer) for answer in new.cpu()]
 
     def _labels(self, texts: Sequence[str]) -> Int[Tensor, "choices answer"]:
-        """Returns labels as rows of ids, -100 after the shorter ones."""
+        """Returns the ids of labels, -100 after the shorter ones."""
         labels = [self.encoder.labels(text, max_tokens=LONGEST_LABEL)[0] for text in texts]
         return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 

@@ -140,7 +140,7 @@ def _check_kind(example: Example, subtask: Subtask) -> None:
 
 @dataclass(frozen=True)
 class ClosedBatch:
-    """Says whose closed list of answers a batch is scored on, and the soft scores of each row's right answers."""
+    """Says whose closed list of answers a batch is scored on, and the soft scores of each sample's right answers."""
 
     task: str
     soft_scores: Sequence[Mapping[str, float]]
@@ -159,8 +159,8 @@ class Seq2SeqCollator:
     """Makes the one micro-batch of a loader's batch, as the loss takes it.
 
     `sample_weights` add up to the mean weight of its usable samples; who has read all micro-batches of all ranks turns
-    them into shares of the whole step (`over_step`). A micro-batch without any usable sample becomes one row of padding
-    without labels, so that the ranks stay in step. `closed` is in it where a closed list is scored alone.
+    them into shares of the whole step (`over_step`). A micro-batch without any usable sample becomes one sequence of
+    padding without labels, so that the ranks stay in step. `closed` is in it where a closed list is scored alone.
     """
 
     pad_token_id: int
@@ -174,7 +174,7 @@ class Seq2SeqCollator:
         ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
         labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
         features = [sample.features for sample in samples]
-        mask = _pad([torch.ones_like(row) for row in ids], 0)
+        mask = _pad([torch.ones_like(text) for text in ids], 0)
         closed = {}
         if batch.subtask.answer_by == "closed":
             closed["closed"] = ClosedBatch(batch.subtask.name, [sample.soft_scores or {} for sample in samples] or [{}])
@@ -188,14 +188,14 @@ class Seq2SeqCollator:
             "normalise_by": batch.subtask.normalise_by,
             SAMPLES: len(samples),
             "sample_ids": [sample.id for sample in samples],
-            "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
+            "padding_tokens": mask.numel() - (sum(len(text) for text in ids) if samples else 0),
             "skipped": skipped,
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
         }
 
 
-def _pad(rows: Sequence[Tensor], value: int) -> Int[Tensor, "batch longest"]:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+def _pad(tensors: Sequence[Tensor], value: int) -> Int[Tensor, "batch longest"]:
+    return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)
 
 
 # The tasks.

@@ -1,6 +1,6 @@
 """What a benchmark is: its question, its official score, its server's file, and how its files name its questions.
 
-Each benchmark's own is in a scorer's file, and one row of `evaluation.benchmarks` makes it known.
+Each benchmark's own is in a scorer's file, and one entry of `evaluation.benchmarks` makes it known.
 """
 
 from __future__ import annotations

@@ -176,15 +176,15 @@ def similarity(answer: str, true: str) -> float:
 
 
 def _edits(first: str, second: str) -> int:
-    """Computes Levenshtein's distance, a row of its table at a time."""
-    row = list(range(len(second) + 1))
+    """Computes Levenshtein's distance, a line of its table at a time."""
+    line = list(range(len(second) + 1))
     for number, letter in enumerate(first, start=1):
-        corner, row[0] = row[0], number
+        corner, line[0] = line[0], number
         for column, other in enumerate(second, start=1):
             changed = corner + (letter != other)
-            corner = row[column]
-            row[column] = min(changed, corner + 1, row[column - 1] + 1)
-    return row[-1]
+            corner = line[column]
+            line[column] = min(changed, corner + 1, line[column - 1] + 1)
+    return line[-1]
 
 
 def is_close(answer: str, true: str) -> bool:

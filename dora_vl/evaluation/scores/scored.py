@@ -1,6 +1,6 @@
 """What every scorer returns: metrics, which are formulas over column sums, and their bootstrap intervals.
 
-A scorer is a function of a row: it gives each example's columns (right answers, questions asked, n-grams matched...);
+A scorer gives each example's columns (right answers, questions asked, n-grams matched...);
 a metric is a ratio of their sums. So one bootstrap serves them all: it draws items again, adds the columns up and
 applies the same formula.
 """
@@ -132,8 +132,8 @@ class Scored:
 
     @cached_property
     def units(self) -> dict[str, int]:
-        """Each unit's row in `columns`."""
-        return {unit: row for row, unit in enumerate(dict.fromkeys(item.unit for item in self.items.values()))}
+        """Each unit's place in `columns`."""
+        return {unit: place for place, unit in enumerate(dict.fromkeys(item.unit for item in self.items.values()))}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
