@@ -90,8 +90,13 @@ def _answer_sample(assistant: Assistant, example: Example, text: str) -> Sample:
     return sample
 
 
-def compare_abilities(before: Abilities, after: Abilities) -> dict[str, Any]:
-    """Returns what `metrics.json` holds: perplexity of both, and the share of answers that stayed word for word."""
+def compare_abilities(before: Abilities | str, after: Abilities | str) -> dict[str, Any]:
+    """Returns what `metrics.json` holds: perplexity of both, and the share of answers that stayed word for word.
+
+    Of a model that cannot be measured it holds the reason.
+    """
+    if isinstance(before, str) or isinstance(after, str):
+        return {"reason": before if isinstance(before, str) else after}
     entry: dict[str, Any] = {
         "perplexity": {"base": math.exp(before.nats), "adapted": math.exp(after.nats), "tokens": before.tokens}
     }
@@ -122,9 +127,9 @@ def forgetting_lines(entry: Mapping[str, Any] | None) -> dict[str, str]:
     return lines
 
 
-def try_measure(assistant: Assistant, texts: Path | None, base: Abilities | None = None) -> Abilities | str:
+def try_measure(assistant: Assistant, texts: Path | None, base: Abilities | str | None = None) -> Abilities | str:
     """Measures a model, or says why that is not possible: some families take no text without a picture."""
     try:
-        return measure_abilities(assistant, texts, base)
+        return measure_abilities(assistant, texts, base if isinstance(base, Abilities) else None)
     except (BadSample, RuntimeError, ValueError, IndexError, TypeError) as error:
         return one_line(f"{type(error).__name__}: {error}", 200)

@@ -9,11 +9,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
-from torch import nn
 
 from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.backbones.base import Backbone
@@ -26,7 +24,7 @@ from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.baselines import UNTRAINED, ComparisonAnswers, draw_sample, right_text
-from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetting_lines, try_measure
+from dora_vl.evaluation.forgetting import compare_abilities, forgetting_lines, try_measure
 from dora_vl.evaluation.plots import loss_unit, series, write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predict import ask_again, evaluate
 from dora_vl.evaluation.predictions import Prediction
@@ -76,7 +74,7 @@ def evaluate_and_draw(
     exchange: bool = False,
     untrained: ComparisonAnswers | None = None,
     sheet: MediaReader | None = None,
-) -> list[Tested]:
+) -> None:
     """Tests a run by its sets, and draws its loss and, where `sheet` reads the pictures, some of its answers."""
 
     def announce(tested: Tested) -> None:
@@ -94,7 +92,6 @@ def evaluate_and_draw(
     accuracies = [tested for tested in done if tested.is_accuracy]
     draw(accuracies if len(accuracies) == 1 else done, run_folder=run_folder, media=sheet)
     refuse_unscored(done)
-    return done
 
 
 def adapter_settings(run_folder: Path, strength: float = 1.0) -> dict[str, object]:
@@ -105,15 +102,13 @@ def adapter_settings(run_folder: Path, strength: float = 1.0) -> dict[str, objec
     return {"adapter_sha256": file_sha256(weights), **({} if strength == 1 else {"strength": strength})}
 
 
-def _set_of_file(
-    evaluation: EvaluationConfig, media: MediaReader, columns: Columns, settings: Mapping[str, object]
-) -> TestSet:
-    """Makes the set of `evaluation.file`; `settings` say which model answers."""
+def _set_of_file(evaluation: EvaluationConfig, media: MediaReader, columns: Columns) -> TestSet:
+    """Makes the set of `evaluation.file`."""
     file, after = Path(str(evaluation.file)), evaluation.answer_after
     examples, unreadable = read_questions(file, evaluation.limit, columns)
     examples += unread(unreadable)
     bare = _without_truth(examples)
-    depends_on = {**settings, "questions_sha256": file_sha256(file), "max_new_tokens": evaluation.max_new_tokens}
+    depends_on = {"questions_sha256": file_sha256(file), "max_new_tokens": evaluation.max_new_tokens}
     if any(example.videos for example in examples):
         depends_on["frames"] = repr(media.videos.sampling)
     return TestSet(
@@ -136,61 +131,51 @@ def _without_truth(examples: Sequence[Example]) -> dict[str, str]:
     return {example.id: NO_ANSWER for example in examples if not has_truth([example])}
 
 
-def ask_untrained(base: Assistant, config: RunConfig) -> ComparisonAnswers:
-    """Asks some of a run's test of its base, which has no adapter yet, for a score to compare with."""
-    with VideoReader() as reader:
-        media = media_of_run(config, base, of_test=True, reader=reader)
-        part = _set_of_file(config.evaluation, media, config.data.column_settings, {"base": config.model.base})
-        scored = [example for example in part.asked if example.id not in part.not_scored]
-        return ask_again(base, part, UNTRAINED, draw_sample(scored), folder=run_folder_of(config.training))
-
-
 def test_adapter(
     base: Assistant, with_adapter: Callable[[], Backbone[Any]], config: RunConfig, *, numbers: Mapping[str, object]
 ) -> None:
-    """Tests a run's saved adapter, which `with_adapter` puts on the base, and measures what the base has lost by it."""
-    evaluation = config.evaluation
-    untrained = ask_untrained(base, config) if evaluation.untrained and evaluation.file else None
+    """Tests a run's saved adapter, which `with_adapter` puts on the base, and measures what the base has lost by it.
+
+    It resumes a `predictions.jsonl` made with the same adapter file and questions. Some of the questions are asked of
+    the base first, for a score to compare with. `metrics.json` also holds the `numbers` of the training.
+    """
+    evaluation, folder = config.evaluation, run_folder_of(config.training)
     texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
-    if evaluation.forgetting:
-        log.info("measuring what the model has forgotten")
-    before = try_measure(base, texts) if evaluation.forgetting else ""
-    assistant = replace(base, backbone=with_adapter())
-    lost: dict[str, Any] = {}
-    if evaluation.forgetting:
-        after = try_measure(assistant, texts, before if isinstance(before, Abilities) else None)
-        if isinstance(before, str) or isinstance(after, str):
-            lost = {"reason": before if isinstance(before, str) else after}
+    untrained, sheet, lost = None, None, dict[str, Any]()
+    with VideoReader() as reader:
+        if evaluation.files:
+            sets = commonsense_sets(evaluation, base.encoder)
         else:
-            lost = compare_abilities(before, after)
-        numbers = {**numbers, "forgetting": lost}
-    if evaluation.files:
-        folder, encoder = run_folder_of(config.training), assistant.encoder
-        evaluate_commonsense(assistant.backbone, encoder, evaluation, run_folder=folder, numbers=numbers)
-    else:
-        run_test(assistant, config, numbers=numbers, untrained=untrained)
+            sheet = media_of_run(config, base, of_test=True, reader=reader)
+            sets = [_set_of_file(evaluation, sheet, config.data.column_settings)]
+        if evaluation.untrained and not evaluation.files:
+            of_base = _answered_by({"base": config.model.base}, sets[0])
+            scored = [example for example in of_base.asked if example.id not in of_base.not_scored]
+            untrained = ask_again(base, of_base, UNTRAINED, draw_sample(scored), folder=folder)
+        if evaluation.forgetting:
+            log.info("measuring what the model has forgotten")
+        before = try_measure(base, texts) if evaluation.forgetting else None
+        assistant = replace(base, backbone=with_adapter())
+        if before is not None:
+            lost = compare_abilities(before, try_measure(assistant, texts, before))
+            numbers = {**numbers, "forgetting": lost}
+        of_adapter = adapter_settings(folder, evaluation.strength)
+        evaluate_and_draw(
+            [_answered_by(of_adapter, test_set) for test_set in sets],
+            assistant,
+            folder,
+            header=numbers,
+            exchange=evaluation.exchange_pictures,
+            untrained=untrained,
+            sheet=sheet,
+        )
     for name, line in forgetting_lines(lost).items():
         log.info("%s: %s", name, line)
 
 
-def run_test(
-    assistant: Assistant,
-    config: RunConfig,
-    *,
-    numbers: Mapping[str, object],
-    untrained: ComparisonAnswers | None = None,
-) -> None:
-    """Answers a run's test by the model with its saved adapter, and writes everything that shows how the run went.
-
-    Resumes a `predictions.jsonl` made with the same adapter file and questions; `metrics.json` also holds the
-    `numbers` of the training.
-    """
-    folder, evaluation = run_folder_of(config.training), config.evaluation
-    settings, exchange = adapter_settings(folder, evaluation.strength), evaluation.exchange_pictures
-    with VideoReader() as reader:
-        media = media_of_run(config, assistant, of_test=True, reader=reader)
-        sets = [_set_of_file(evaluation, media, config.data.column_settings, settings)]
-        evaluate_and_draw(sets, assistant, folder, header=numbers, exchange=exchange, untrained=untrained, sheet=media)
+def _answered_by(model: Mapping[str, object], test_set: TestSet) -> TestSet:
+    """Returns the set with what its answers depend on of a model."""
+    return replace(test_set, settings={**model, **test_set.settings})
 
 
 def media_of_run(
@@ -252,21 +237,12 @@ def read_sets(evaluation: EvaluationConfig) -> tuple[list[Example], dict[str, st
     return examples, unreadable
 
 
-def evaluate_commonsense(
-    backbone: nn.Module,
-    encoder: Encoder,
-    evaluation: EvaluationConfig,
-    *,
-    run_folder: Path,
-    numbers: Mapping[str, object] = MappingProxyType({}),
-) -> list[Tested]:
-    """Tests commonsense sets, each in every way that `evaluation.scoring` names, averaged over tasks."""
+def commonsense_sets(evaluation: EvaluationConfig, encoder: Encoder) -> list[TestSet]:
+    """Makes a set of the commonsense questions for every way that `evaluation.scoring` names."""
     examples, unreadable = read_sets(evaluation)
-    backbone.eval()
     prompt = PROMPTS[encoder.prompts.name]
     way = {"beams": evaluation.beams, "max_new_tokens": evaluation.max_new_tokens}
     depends_on = {
-        **adapter_settings(run_folder, evaluation.strength),
         "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
         "prompt": [prompt.before_output("{instruction}", context, test=True) for context in ("", "{input}")],
         **way,
@@ -275,7 +251,7 @@ def evaluate_commonsense(
     def answer_of(example: Example, text: str) -> str:
         return extracted(text, str(example.extra["task"]), evaluation.rule)
 
-    sets = [
+    return [
         TestSet(
             name=scoring,
             examples=examples,
@@ -298,7 +274,6 @@ def evaluate_commonsense(
         )
         for scoring in evaluation.scoring
     ]
-    return evaluate_and_draw(sets, Assistant(backbone, encoder), run_folder, header=numbers)
 
 
 # The pictures of a test.
