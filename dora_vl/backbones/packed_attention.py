@@ -69,34 +69,34 @@ class SegmentGroup(NamedTuple):
 
 
 def group_segments(spans: Sequence[Sequence[Span]]) -> list[SegmentGroup]:
-    """Groups the segments of all sequences by their lengths and those of their paths."""
-    groups: dict[tuple[int, int], list[tuple[int, Span]]] = {}
+    """Groups the segments of all sequences by their lengths and those of their paths, and pads each group."""
+    by_lengths: dict[tuple[int, int], list[tuple[int, Span]]] = {}
     for sequence, of_sequence in enumerate(spans):
         for span in of_sequence:
             lengths = _rounded_up(span.stop - span.start), _rounded_up(len(span.path))
-            groups.setdefault(lengths, []).append((sequence, span))
-    return [_pad_group(members) for members in groups.values()]
+            by_lengths.setdefault(lengths, []).append((sequence, span))
+    groups = []
+    for members in by_lengths.values():
+        device = members[0][1].path.device
+        lengths = torch.tensor([span.stop - span.start for _, span in members], device=device)
+        paths = [span.path for _, span in members]
+        keys = nn.utils.rnn.pad_sequence(paths, batch_first=True)
+        shared = torch.tensor([len(path) for path in paths], device=device) - lengths
+        count, key_index = torch.arange(int(lengths.max()), device=device), torch.arange(keys.shape[1], device=device)
+        filled = count < lengths[:, None]
+        queries = keys.gather(1, (shared[:, None] + count).clamp_max(keys.shape[1] - 1))
+        # Also where nothing is: every query must see something.
+        sees = key_index <= (shared[:, None] + count)[..., None]
+        is_even = bool(filled.all()) and not bool(shared.any())
+        sequences = torch.tensor([[sequence] for sequence, _ in members], device=device)
+        groups.append(SegmentGroup(sequences, queries, keys, None if is_even else sees[:, None], filled))
+    return groups
 
 
 def _rounded_up(length: int) -> int:
     """Rounds up to a power of two, or 1.5 times one, which pads by a third at most."""
     power = 1 << max(2, (length - 1).bit_length())
     return power * 3 // 4 if length <= power * 3 // 4 else power
-
-
-def _pad_group(members: Sequence[tuple[int, Span]]) -> SegmentGroup:
-    device = members[0][1].path.device
-    lengths = torch.tensor([span.stop - span.start for _, span in members], device=device)
-    paths = [span.path for _, span in members]
-    keys = nn.utils.rnn.pad_sequence(paths, batch_first=True)
-    shared = torch.tensor([len(path) for path in paths], device=device) - lengths
-    count, key_index = torch.arange(int(lengths.max()), device=device), torch.arange(keys.shape[1], device=device)
-    filled = count < lengths[:, None]
-    queries = keys.gather(1, (shared[:, None] + count).clamp_max(keys.shape[1] - 1))
-    sees = key_index <= (shared[:, None] + count)[..., None]  # also where nothing is: every query must see something
-    is_even = bool(filled.all()) and not bool(shared.any())
-    sequences = torch.tensor([[sequence] for sequence, _ in members], device=device)
-    return SegmentGroup(sequences, queries, keys, None if is_even else sees[:, None], filled)
 
 
 def spans_of(forest: Forest) -> list[list[Span]]:
@@ -110,10 +110,10 @@ def spans_of(forest: Forest) -> list[list[Span]]:
     return sequences
 
 
-def paths_of(forest: Forest) -> Paths:
+def paths_of(forest: Forest, sequence_spans: Sequence[Sequence[Span]]) -> Paths:
     """Lists the paths from each root to each leaf."""
     sequences, positions, writes = [], [], []
-    for sequence, spans in enumerate(spans_of(forest)):
+    for sequence, spans in enumerate(sequence_spans):
         seen_by = forest.sees[sequence, : len(spans), : len(spans)].sum(0)
         written = torch.zeros(forest.segment.shape[1], dtype=torch.bool, device=forest.segment.device)
         for leaf in (seen_by == 1).nonzero()[:, 0].tolist():
@@ -167,8 +167,9 @@ class PackedAttention:
     def set_forest(self, forest: Forest | None) -> None:
         """Sets the forest of the next forward pass; None attends as usual."""
         self.forest, self.blocks_are_whole, self._is_next = forest, False, True
-        self.groups = [] if forest is None else group_segments(spans_of(forest))
-        self.paths = paths_of(forest) if forest is not None and self._states else None
+        spans = [] if forest is None else spans_of(forest)
+        self.groups = group_segments(spans)
+        self.paths = paths_of(forest, spans) if forest is not None and self._states else None
 
     def _split_paths(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Passes each path as a sequence of its own to a layer with a running state."""
