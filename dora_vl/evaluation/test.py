@@ -132,12 +132,12 @@ def _without_truth(examples: Sequence[Example]) -> dict[str, str]:
 
 
 def test_adapter(
-    base: Assistant, with_adapter: Callable[[], Backbone[Any]], config: RunConfig, *, numbers: Mapping[str, object]
+    base: Assistant, with_adapter: Callable[[], Backbone[Any]], config: RunConfig, *, metrics: Mapping[str, object]
 ) -> None:
     """Tests a run's saved adapter, which `with_adapter` puts on the base, and measures what the base has lost by it.
 
     It resumes a `predictions.jsonl` made with the same adapter file and questions. Some of the questions are asked of
-    the base first, for a score to compare with. `metrics.json` also holds the `numbers` of the training.
+    the base first, for a score to compare with. `metrics.json` also holds the `metrics` of the training.
     """
     evaluation, folder = config.evaluation, run_folder_of(config.training)
     texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
@@ -158,13 +158,13 @@ def test_adapter(
         assistant = replace(base, backbone=with_adapter())
         if before is not None:
             lost = compare_abilities(before, try_measure(assistant, texts, before))
-            numbers = {**numbers, "forgetting": lost}
+            metrics = {**metrics, "forgetting": lost}
         of_adapter = adapter_settings(folder, evaluation.strength)
         evaluate_and_draw(
             [_answered_by(of_adapter, test_set) for test_set in sets],
             assistant,
             folder,
-            header=numbers,
+            header=metrics,
             exchange=evaluation.exchange_pictures,
             untrained=untrained,
             sheet=sheet,

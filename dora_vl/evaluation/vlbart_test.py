@@ -132,7 +132,7 @@ def evaluate_subtasks(
     run_folder: Path,
     evaluation: EvaluationConfig,
     settings: Mapping[str, Any],
-    numbers: Mapping[str, Any],
+    metrics: Mapping[str, Any],
 ) -> None:
     """Answers and scores each task, a test set each."""
     backbone.eval()
@@ -165,7 +165,7 @@ def evaluate_subtasks(
             sets,
             assistant_of(backbone, encoder, tested),
             run_folder,
-            header={**numbers, "settings": dict(settings)},
+            header={**metrics, "settings": dict(settings)},
             exchange=evaluation.exchange_pictures,
             sheet=None if evaluation.image_folder is None else media,
         )

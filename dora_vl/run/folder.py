@@ -64,7 +64,7 @@ START_SETTINGS = frozenset({"resume", "overwrite", "test_only"})
 """These settings are of one start, not of the run: `settings.json` as --config must not repeat an overwrite."""
 UNRECORDED_SETTINGS = frozenset({"watch", "try_largest_batch"})
 """These settings change nothing of what a run leaves."""
-TRAINING_NUMBERS = (
+TRAINING_METRICS = (
     *("train_seconds", "samples_per_second", "train_samples", "train_steps"),
     *("padding_share", "skipped_samples", "shrunk_samples", "steps_left_out", "steps_alike"),
 )

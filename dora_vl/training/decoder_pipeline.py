@@ -242,10 +242,10 @@ class DecoderPipeline(Pipeline):
             **{name: data[name] for name in of_the_data if f"data.{name}" not in foreign},
         }
 
-    def test(self, numbers: Mapping[str, Any]) -> None:
+    def test(self, metrics: Mapping[str, Any]) -> None:
         """Answers the test's file, or every set of `evaluation.files`, with the saved adapter."""
         strength = checked_strength(self.config.evaluation.strength)
         base = self.load()
         base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
         assistant = Assistant(base, encoder_of_saved(self.config))
-        test_adapter(assistant, partial(self.with_saved_adapter, base, strength), self.config, numbers=numbers)
+        test_adapter(assistant, partial(self.with_saved_adapter, base, strength), self.config, metrics=metrics)

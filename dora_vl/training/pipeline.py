@@ -146,5 +146,5 @@ class Pipeline(ABC):
         return with_adapter(base, run_folder_of(self.config.training) / ADAPTER, strength=strength)[0]
 
     @abstractmethod
-    def test(self, numbers: Mapping[str, Any]) -> None:
-        """Tests the saved adapter in this process only and completes `metrics.json`, `numbers` included."""
+    def test(self, metrics: Mapping[str, Any]) -> None:
+        """Tests the saved adapter in this process only and completes `metrics.json`, the training's included."""

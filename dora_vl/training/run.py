@@ -21,7 +21,7 @@ from dora_vl.run.folder import (
     FAULTS,
     METRICS,
     SKIPPED,
-    TRAINING_NUMBERS,
+    TRAINING_METRICS,
     add_metrics,
     check_run_folder,
     checkpoint_of,
@@ -64,20 +64,20 @@ def run(pipeline: Pipeline) -> int | None:
             test_again(pipeline)
             return None
         try:
-            stopped_by, numbers = train(pipeline)
+            stopped_by, metrics = train(pipeline)
             first = is_first_rank()
         finally:
             leave_process_group()
             load_whole_models_again()
         if stopped_by is None and config.evaluation.tested is not None and first:
-            _test(pipeline, numbers)
+            _test(pipeline, metrics)
         return stopped_by
 
 
 def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     """Trains as the pipeline's settings say and leaves `adapter/`, checkpoints and `log.jsonl` in the run folder.
 
-    Every rank of a launch calls it. Returns the signal that stopped the run, or None, and the numbers that training
+    Every rank of a launch calls it. Returns the signal that stopped the run, or None, and the metrics that training
     adds to `metrics.json`. Raises UserError for whatever in the settings or the data cannot be used.
     """
     config, threads = pipeline.config, threads_of_this_rank()
@@ -104,9 +104,9 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     if trainer.faults.ended_by is not None:
         raise Diverged(trainer.faults.ended_by)
     stopped_by = trainer.stop.received
-    numbers = _write_results(trainer, stopped=stopped_by is not None)
+    metrics = _write_results(trainer, stopped=stopped_by is not None)
     wait_for_everyone()  # the ranks' store ends with the first of them
-    return stopped_by, numbers
+    return stopped_by, metrics
 
 
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
@@ -138,19 +138,19 @@ def _prepare_resume(trainer: AdapterTrainer, checkpoint: Path, config: RunConfig
 
 
 def _write_results(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
-    """Writes the results of a finished run, and returns its numbers; a stopped run gets no results."""
+    """Writes the results of a finished run, and returns its metrics; a stopped run gets no results."""
     folder, counts = trainer.run_folder, trainer.statistics.over_ranks(trainer.args.device)
     skipped = trainer.statistics.skipped_on_all_ranks()
     held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()
     step, seconds = trainer.state.global_step, trainer.progress.seconds
-    numbers: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     if counts == trainer.statistics.earlier:  # a whole run was resumed, which has written them unless it was stopped
-        metrics = read_json(folder / METRICS) if (folder / METRICS).is_file() else {}
-        if metrics.get("train_steps") == step:
-            numbers = {name: metrics[name] for name in TRAINING_NUMBERS if name in metrics}
-    is_new = not numbers
+        written = read_json(folder / METRICS) if (folder / METRICS).is_file() else {}
+        if written.get("train_steps") == step:
+            metrics = {name: written[name] for name in TRAINING_METRICS if name in written}
+    is_new = not metrics
     if is_new:
-        numbers = {
+        metrics = {
             "train_seconds": round(seconds, 1),
             "samples_per_second": round(counts.samples / seconds, 3),
             "train_samples": counts.samples,
@@ -160,10 +160,10 @@ def _write_results(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
             **({"shrunk_samples": counts.shrunk_samples} if counts.shrunk_samples else {}),
         }
         if left_out := steps_left_out(folder / FAULTS):
-            numbers["steps_left_out"] = left_out
+            metrics["steps_left_out"] = left_out
         if trainer.rollouts is not None and (alike := steps_alike(folder, step)):
-            numbers["steps_alike"] = alike
-    if numbers.get("shrunk_samples"):
+            metrics["steps_alike"] = alike
+    if metrics.get("shrunk_samples"):
         logger.info(
             "%s samples (%s of all) had their pictures shrunk to fit data.max_pixels_per_step",
             *(f"{counts.shrunk_samples:,}", f"{counts.shrunk_samples / counts.samples:.1%}"),
@@ -172,19 +172,19 @@ def _write_results(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
         trainer.save_model()
         if trainer.args.process_index == 0 and is_new:
             write_skipped(folder / SKIPPED, skipped, validation=held_out)
-            add_metrics(folder / METRICS, numbers)
-    return numbers
+            add_metrics(folder / METRICS, metrics)
+    return metrics
 
 
-def _test(pipeline: Pipeline, numbers: dict[str, Any]) -> None:
+def _test(pipeline: Pipeline, metrics: dict[str, Any]) -> None:
     with out_of_memory_reported(lambda: "the test"):
-        pipeline.test(numbers)
+        pipeline.test(metrics)
 
 
 def test_again(pipeline: Pipeline) -> None:
     """Tests the adapter in the run folder; keeps what `metrics.json` says of its training."""
     config, folder = pipeline.config, run_folder_of(pipeline.config.training)
-    weights, metrics = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
+    weights, path = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
     if config.resume is not None or config.overwrite:
         raise SettingError("test_only", " trains nothing; leave resume and overwrite out, which are about training")
     if config.evaluation.tested is None:
@@ -194,5 +194,5 @@ def test_again(pipeline: Pipeline) -> None:
             "test_only", f": {weights} does not exist; train first, or name the run's training.output_dir"
         )
     if is_first_launched():
-        numbers = read_json(metrics) if metrics.is_file() else {}
-        _test(pipeline, {name: numbers[name] for name in TRAINING_NUMBERS if name in numbers})
+        metrics = read_json(path) if path.is_file() else {}
+        _test(pipeline, {name: metrics[name] for name in TRAINING_METRICS if name in metrics})

@@ -213,7 +213,7 @@ class VlBartPipeline(Pipeline):
             "weight_decay_on": optim.weight_decay_on,
         }
 
-    def test(self, numbers: Mapping[str, Any]) -> None:
+    def test(self, metrics: Mapping[str, Any]) -> None:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
         config, run_folder = self.config, run_folder_of(self.config.training)
         tests, lists = self._test_files(), lists_in(run_folder / ADAPTER / RECIPE_FILE)
@@ -229,7 +229,7 @@ class VlBartPipeline(Pipeline):
             run_folder=run_folder,
             evaluation=config.evaluation,
             settings=self._named_settings() | ({CLOSED_ANSWERS: account(self._lists_file)} if lists else {}),
-            numbers=numbers,
+            metrics=metrics,
         )
 
     @cached_property
