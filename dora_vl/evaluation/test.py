@@ -336,11 +336,9 @@ def watch_run(assistant: Assistant, config: RunConfig, held_out: ExampleTable | 
         questions = [
             last_round(example) for example in drawn if isinstance(example, Example)
         ]  # validation names others
-    elif config.evaluation.tested is not None:
+    else:
         test = config.evaluation
         questions = evenly(read_sets(test)[0] if test.files else check_test(config), config.watch)
-    else:
-        return None
     media = media_of_run(config, assistant, of_test=held_out is None)
     media = replace(media, stored=None if held_out is None else held_out.stored)
     tokens = min(config.evaluation.max_new_tokens, MOST_NEW_TOKENS)

@@ -75,7 +75,8 @@ class DecoderPipeline(Pipeline):
         if model.compose is None and model.source is None:
             check_base(config)
         check_quantisation(model)
-        check_replay(config)
+        if config.data.replay:
+            check_replay(config)
         samples = RunSamples.read(config.data, arguments)
         describe(samples, config.data)
         check_count(samples, arguments)
@@ -94,7 +95,8 @@ class DecoderPipeline(Pipeline):
         check_media(samples, config.data, pictures=pictures, videos=videos)
         make_base(compose_llava, model.compose, model.base, arguments)
         make_base(write_language_model, model.source, model.base, arguments)
-        form_of(config)
+        if config.adapter.projector_start is not None:
+            form_of(config)
         self._opened = opened = self._open(samples, arguments)
         check_window(model.base, opened.encoder, model.revision)
         check_pixels(model.base, opened.encoder, opened.most_pixels)
@@ -211,6 +213,8 @@ class DecoderPipeline(Pipeline):
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Watches questions of the validation samples, or else of the test."""
         opened = self.opened(arguments)
+        if opened.samples.held_out is None and self.config.evaluation.tested is None:
+            return None
         assistant = Assistant(backbone, opened.encoder, while_training=True)
         return watch_run(assistant, self.config, opened.samples.held_out)
 
