@@ -124,7 +124,7 @@ def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str]
     keys = sorted([names[number % len(names)] for number in range(rows)], key=str) if names else []
 
     def batch() -> contextlib.AbstractContextManager[None]:
-        return served.rows([served.entry(name) for name in keys], [0] * rows) if keys else contextlib.nullcontext()
+        return served.holding([served.entry(name) for name in keys], [0] * rows) if keys else contextlib.nullcontext()
 
     with torch.inference_mode(), batch():
         cache = model(**inputs, use_cache=True).past_key_values

@@ -1,10 +1,10 @@
-"""Applies several unmerged adapters in one layer: each row of a batch uses its own, or none. For inference only.
+"""Applies several unmerged adapters in one layer: each sequence of a batch uses its own, or none. For inference only.
 
     y_r = g_r (W x_r + t_r s_r B_r A_r x_r) + b
 
-t_r is the strength at which the row has its adapter, 1 unless it asks for another (`strength.py`), and g_r that
-strength's gain. One frozen product serves all rows. A row without an adapter, or at strength 0, is bitwise unchanged:
-only zeros are added to it.
+t_r is the strength at which the sequence has its adapter, 1 unless it asks for another (`strength.py`), and g_r that
+strength's gain. One frozen product serves all sequences. A sequence without an adapter, or at strength 0, is bitwise
+unchanged: only zeros are added to it.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ ONE_PRODUCT = 2**15
 what a decoded token costs. Above it, as for a prompt, arithmetic costs more, and adapters are computed one by one."""
 MAX_CACHED_GAINS, MAX_CACHED_LAYERS = 16, 4
 """A layer keeps at most this many gains, and layers of an adapter's own, for strengths other than 1."""
-Axis = Literal["rows", "pictures"]
-"""The first axis of a layer's input counts rows of the batch, or the pictures of all rows."""
+Axis = Literal["sequences", "pictures"]
+"""The first axis of a layer's input counts sequences of the batch, or the pictures of all sequences."""
 Slot = str | AppliedAdapter | None
-"""Says what a row has: an adapter by its key, one at some strength, or the base (None)."""
+"""Says what a sequence has: an adapter by its key, one at some strength, or the base (None)."""
 SlotRanks = tuple[tuple[str, int], ...]
 """Lists the adapters that a layer holds, in the order of its matrices, each with its rank."""
 Value = TypeVar("Value")
 
 
-class RowSpan(NamedTuple):
-    """Consecutive rows with the same adapter at the same strength; None is the base."""
+class Span(NamedTuple):
+    """Consecutive sequences or pictures with the same adapter at the same strength; None is the base."""
 
     adapter: AppliedAdapter | None
-    rows: slice
+    places: slice
 
     @property
     def key(self) -> str | None:
@@ -51,57 +51,57 @@ class RowSpan(NamedTuple):
         return None if self.adapter is None else self.adapter.key
 
 
-class RowChoice(NamedTuple):
-    """Says which of a layer's adapters each row of a batch takes."""
+class Choice(NamedTuple):
+    """Says which of a layer's adapters each sequence of a batch takes."""
 
-    mask: Float[Tensor, "rows ranks"]
-    """Holds the strength, mostly 1, at the ranks of the row's own adapter."""
-    gain_index: Int[Tensor, " rows"]
-    """The row's gain, as its number from 1 among those of `applied_adapters`; 0 is the base's."""
+    mask: Float[Tensor, "sequences ranks"]
+    """Holds the strength, mostly 1, at the ranks of the sequence's own adapter."""
+    gain_index: Int[Tensor, " sequences"]
+    """The sequence's gain, as its number from 1 among those of `applied_adapters`; 0 is the base's."""
     applied_adapters: tuple[AppliedAdapter, ...]
 
 
-def row_spans(rows: Sequence[Slot]) -> tuple[RowSpan, ...]:
-    """Groups consecutive rows with equal adapter and strength, 0 as the base; sorted rows make the fewest groups."""
+def spans_of(slots: Sequence[Slot]) -> tuple[Span, ...]:
+    """Groups consecutive slots with equal adapter and strength, 0 as the base; sorted ones make the fewest groups."""
     spans, start = [], 0
-    slots = (AppliedAdapter(row) if isinstance(row, str) else row for row in rows)
-    for applied, group in groupby(None if slot is None or slot.strength == 0 else slot for slot in slots):
+    applied = (AppliedAdapter(slot) if isinstance(slot, str) else slot for slot in slots)
+    for adapter, group in groupby(None if each is None or each.strength == 0 else each for each in applied):
         stop = start + sum(1 for _ in group)
-        spans.append(RowSpan(applied, slice(start, stop)))
+        spans.append(Span(adapter, slice(start, stop)))
         start = stop
     return tuple(spans)
 
 
 @dataclass
 class ActiveAdapters:
-    """Says which adapter each row and each picture of the current batch has, for all of a model's `SlotLayer`s."""
+    """Says which adapter each sequence and each picture of the current batch has, for all of a model's `SlotLayer`s."""
 
-    _spans: dict[Axis, tuple[RowSpan, ...]] = field(default_factory=dict)
-    _choices: dict[tuple[object, ...], RowChoice] = field(default_factory=dict)
+    _spans: dict[Axis, tuple[Span, ...]] = field(default_factory=dict)
+    _choices: dict[tuple[object, ...], Choice] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def holding(self, rows: Sequence[Slot], pictures: Sequence[Slot] = (None,)) -> Iterator[None]:
-        """Sets, inside the block, which adapter at which strength each row of the model's batch has.
+    def holding(self, sequences: Sequence[Slot], pictures: Sequence[Slot] = (None,)) -> Iterator[None]:
+        """Sets, inside the block, which adapter at which strength each sequence of the model's batch has.
 
-        `pictures` does the same for pictures, in the rows' order; a single entry holds for all of them.
+        `pictures` does the same for pictures, in the sequences' order; a single entry holds for all of them.
         """
-        self._spans, self._choices = {"rows": row_spans(rows), "pictures": row_spans(pictures)}, {}
+        self._spans, self._choices = {"sequences": spans_of(sequences), "pictures": spans_of(pictures)}, {}
         try:
             yield
         finally:
             self._spans, self._choices = {}, {}
 
-    def spans(self, axis: Axis, length: int) -> tuple[RowSpan, ...]:
+    def spans(self, axis: Axis, length: int) -> tuple[Span, ...]:
         """Returns the spans of an input whose first axis has this length; refuses a length other than the batch's."""
-        spans = self._spans.get(axis, (RowSpan(None, slice(0, length)),))
+        spans = self._spans.get(axis, (Span(None, slice(0, length)),))
         if len(spans) == 1 and axis == "pictures":
-            return (RowSpan(spans[0].adapter, slice(0, length)),)
-        if spans[-1].rows.stop != length:
-            raise RuntimeError(f"a layer was given {length} of what the batch has {spans[-1].rows.stop} {axis} of")
+            return (Span(spans[0].adapter, slice(0, length)),)
+        if spans[-1].places.stop != length:
+            raise RuntimeError(f"a layer was given {length} of what the batch has {spans[-1].places.stop} {axis} of")
         return spans
 
-    def choice(self, axis: Axis, layout: SlotRanks, like: Tensor) -> RowChoice:
-        """Chooses what each row takes of a layer's adapters; layers that hold the same ones share the choice."""
+    def choice(self, axis: Axis, layout: SlotRanks, like: Tensor) -> Choice:
+        """Chooses what each sequence takes of a layer's adapters; layers that hold the same ones share the choice."""
         key = (axis, layout, like.dtype, like.device)
         if key not in self._choices:
             stops = dict(zip(dict(layout), accumulate(rank for _, rank in layout), strict=True))
@@ -111,9 +111,9 @@ class ActiveAdapters:
             for span in self._spans[axis]:
                 if span.adapter is not None and span.key in stops:
                     stop = stops[span.key]
-                    mask[span.rows, stop - dict(layout)[span.key] : stop] = span.adapter.strength
-                    gain_index[span.rows] = applied_adapters.setdefault(span.adapter, len(applied_adapters) + 1)
-            self._choices[key] = RowChoice(mask, gain_index, tuple(applied_adapters))
+                    mask[span.places, stop - dict(layout)[span.key] : stop] = span.adapter.strength
+                    gain_index[span.places] = applied_adapters.setdefault(span.adapter, len(applied_adapters) + 1)
+            self._choices[key] = Choice(mask, gain_index, tuple(applied_adapters))
         return self._choices[key]
 
 
@@ -122,7 +122,7 @@ class SlotChange:
     """One adapter's change of one linear layer, ready for inference: what is computed once, when it is loaded."""
 
     lora_A: Float[Tensor, "rank in_"]
-    """A has no rows where only a magnitude was trained."""
+    """A has no rank where only a magnitude was trained."""
     scaled_B: Float[Tensor, "rank out"]
     """Holds (s B)^T, so that adapters can lie one after another in one matrix."""
     minus_one: Float[Tensor, " out"] | None
@@ -134,8 +134,8 @@ class SlotChange:
     @torch.no_grad()
     def of(cls, layer: AdaptedLayer, dtype: torch.dtype) -> SlotChange:
         """Takes over the change that an adapted linear layer makes; its norm comes from the layer's own product."""
-        (rows, columns), like = layer.matrix_shape(), layer.weight
-        a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
+        (outputs, inputs), like = layer.matrix_shape(), layer.weight
+        a, b = layer.factors() or (like.new_zeros(0, inputs), like.new_zeros(outputs, 0))
         full = gain_of(layer)
         minus_one = None if full is None else (full - 1).to(dtype)
         scaled_b = (b.to(dtype) * layer.adapter.scale).t().contiguous()
@@ -149,11 +149,11 @@ class SlotChange:
 
 
 class SlotLayer(nn.Module):
-    """Replaces a layer of the base: each row of a batch goes through the layer of its own adapter.
+    """Replaces a layer of the base: each sequence of a batch goes through the layer of its own adapter.
 
     An adapter is a `SlotChange` of the layer's product, or a layer of its own (an adapted embedding, a norm or a
     projector whose weights were trained). Other attributes are those of the layer inside, which stays as it is: any
-    layer whose first input and whose output count rows (pictures) along their first axis.
+    layer whose first input and whose output count sequences (pictures) along their first axis.
     """
 
     base: Any
@@ -198,7 +198,7 @@ class SlotLayer(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Computes the layer's output, each row's by its own adapter."""
+        """Computes the layer's output, each sequence's by its own adapter."""
         spans = self._batch.spans(self.axis, len(inputs[0]) if inputs else 0)
         if len(spans) == 1 and spans[0].key in self._own:
             return self._own_layer(spans[0])(*inputs, **kwargs)
@@ -208,20 +208,20 @@ class SlotLayer(nn.Module):
             output = self._changed_in_one_product(output, inputs[0])
         else:
             for span in changed:
-                output[span.rows] = self._changed(
-                    output[span.rows], inputs[0][span.rows], cast(AppliedAdapter, span.adapter)
+                output[span.places] = self._changed(
+                    output[span.places], inputs[0][span.places], cast(AppliedAdapter, span.adapter)
                 )
         for span in spans:
             if span.key in self._own:
-                output[span.rows] = self._own_layer(span)(inputs[0][span.rows], *inputs[1:], **kwargs)
+                output[span.places] = self._own_layer(span)(inputs[0][span.places], *inputs[1:], **kwargs)
         return output
 
     def _changed_in_one_product(self, output: Tensor, x: Tensor) -> Tensor:
         chosen = self._batch.choice(self.axis, self._layout, x)
-        each_row = (len(x), *(1,) * (x.dim() - 2), -1)
-        # A row without an adapter has zeros for both, and is bitwise unchanged.
-        hidden = F.linear(x, self._all_A.to(x.dtype)).mul_(chosen.mask.view(each_row))
-        minus_one = self._gains_minus_one(chosen.applied_adapters)[chosen.gain_index].view(each_row)
+        of_each = (len(x), *(1,) * (x.dim() - 2), -1)
+        # A sequence without an adapter has zeros for both, and is bitwise unchanged.
+        hidden = F.linear(x, self._all_A.to(x.dtype)).mul_(chosen.mask.view(of_each))
+        minus_one = self._gains_minus_one(chosen.applied_adapters)[chosen.gain_index].view(of_each)
         low_rank = (hidden @ self._all_B.to(x.dtype)).to(output.dtype)
         changed = functional.adapted_output(output, self.base.bias, low_rank, minus_one)
         return changed.to(output.dtype)  # a quantised layer's gains may be float32
@@ -247,7 +247,7 @@ class SlotLayer(nn.Module):
             self._table = applied_adapters, torch.stack([zero, *(zero if gain is None else gain for gain in gains)])
         return self._table[1]
 
-    def _own_layer(self, span: RowSpan) -> nn.Module:
+    def _own_layer(self, span: Span) -> nn.Module:
         applied = cast(AppliedAdapter, span.adapter)
         layer = self._own[applied.key]
         if applied.strength == 1:

@@ -115,10 +115,10 @@ class DataConfig:
     workers: int = 4
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
     packing: Packing = "trees"
-    """How a micro-batch's samples are laid out in its rows. trees: one after another, with samples of the same pictures
-    as branches after them, so that nothing is padded and each picture is encoded once; packed: side by side; plain: one
-    padded row each. The loss is the same. A base that does not fit rows of several samples takes plain ones, and the
-    log says why."""
+    """How a micro-batch's samples are laid out in its sequences. trees: one after another, with samples of the same
+    pictures as branches after them, so that nothing is padded and each picture is encoded once; packed: side by side;
+    plain: one padded sequence each. The loss is the same. A base that does not fit sequences of several samples takes
+    plain ones, and the log says why."""
     group_by_modality_length: bool = True
     """Batches hold what fits together: samples of like length, and either all with pictures or all without; with
     `packing: trees` up to four samples of each picture, and equally many tokens in every batch."""

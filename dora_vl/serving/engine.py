@@ -183,7 +183,7 @@ class BatchDecoder:
         """Gives the model's batch these requests inside the block; without `pictures`, none shows any."""
         prepared = [request.submitted.prepared for request in running]
         strengths = [item.strength for item in prepared]
-        return self._model.rows([item.entry for item in prepared], pictures or [0] * len(prepared), strengths)
+        return self._model.holding([item.entry for item in prepared], pictures or [0] * len(prepared), strengths)
 
     def _text(self, request: SubmittedRequest) -> SequenceText:
         """Returns the text of a request's answer, which tells its end at once, whatever the others do."""

@@ -1,4 +1,4 @@
-"""One base in memory and the adapters over it, each row of a batch with its own, each asked as it was trained to be."""
+"""One base in memory and the adapters over it: each sequence of a batch has its own, asked as it was trained to be."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from dora_vl.evaluation.predictor import PromptMedia
 class Layers:
     """Names of modules by what the first axis of their inputs counts."""
 
-    by_row: frozenset[str]
-    """The inputs of these modules are rows of tokens as the batch has them."""
+    by_sequence: frozenset[str]
+    """The inputs of these modules are sequences of tokens as the batch has them."""
     decoder: frozenset[str]
     """All modules of the language model; a module in none of the sets belongs to the vision part."""
     by_picture: frozenset[str] = frozenset()
-    """The inputs of these modules have one entry per picture, in the rows' order."""
+    """The inputs of these modules have one entry per picture, in the sequences' order."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ReadAdapter:
 
 
 class AdapterSlots:
-    """The adapters of one model by name; each row of a batch uses one of them, or none for the base.
+    """The adapters of one model by name; each sequence of a batch uses one of them, or none for the base.
 
     A layer is wrapped the first time that an adapter changes it. The base's tensors are never copied or written to; an
     adapter costs its own.
@@ -83,11 +83,11 @@ class AdapterSlots:
         own = copy.deepcopy(self._plain, shared_tensors(self._plain, replaced_by(source)))
         load_adapter(own, source, change_base=False)
         changed = dict(self._changed(own.eval(), source))
-        vision = [name for name in changed if name not in self._layers.by_row]
+        vision = [name for name in changed if name not in self._layers.by_sequence]
         return ReadAdapter(changed, alone=any(name not in self._layers.by_picture for name in vision))
 
     def put(self, name: str, adapter: ReadAdapter) -> None:
-        """Makes a read adapter available to rows."""
+        """Makes a read adapter available to sequences."""
         for layer, change in adapter.layers.items():
             self._slot_layer(layer).put(name, change)
 
@@ -120,16 +120,16 @@ class AdapterSlots:
         return next((leaf for leaf, tensor in now.items() if tensor is not before.get(leaf)), None)
 
     def _refuse(self, source: Path, name: str, module: nn.Module, parameter: str) -> None:
-        by_row, vision = name in self._layers.by_row, name not in self._layers.decoder
+        by_sequence, vision = name in self._layers.by_sequence, name not in self._layers.decoder
         is_single = isinstance(module, AdaptedLayer) or not any(True for _ in module.children())
         if isinstance(module, AdaptedExperts):
-            reason = "experts see tokens that a router sent them, from any row"
-        elif by_row and not is_single:
-            reason = "it belongs to a module with others inside, which cannot run on only some rows"
-        elif by_row or vision:
+            reason = "experts see tokens that a router sent them, from any sequence"
+        elif by_sequence and not is_single:
+            reason = "it belongs to a module with others inside, which cannot run on only some sequences"
+        elif by_sequence or vision:
             return
         else:
-            reason = "that layer is not given the rows of a batch"
+            reason = "that layer is not given the sequences of a batch"
         raise UserError(
             f"{source}: {f'{name}.{parameter}'.lstrip('.')} cannot be served beside other adapters: {reason}; merge it "
             "(dora-vl merge) and serve the merged folder with --model"
@@ -139,19 +139,19 @@ class AdapterSlots:
         layer = self.model.get_submodule(name)
         if isinstance(layer, SlotLayer):
             return layer
-        axis: Axis = "rows" if name in self._layers.by_row else "pictures"
+        axis: Axis = "sequences" if name in self._layers.by_sequence else "pictures"
         slot_layer = SlotLayer(layer, self.batch, axis)
         replace_module(self.model, layer, slot_layer)
         return slot_layer
 
 
-def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens: int) -> frozenset[str]:
-    """Names the modules that always receive `[rows, tokens, ...]` or each row's last token.
+def sequences_seen(model: nn.Module, run: Callable[[], object], *, sequences: int, tokens: int) -> frozenset[str]:
+    """Names the modules that always receive `[sequences, tokens, ...]` or each sequence's last token.
 
-    `run` puts a batch through the model, of several rows and of another number of tokens than of rows.
+    `run` puts a batch through the model, of several sequences and of another number of tokens than of sequences.
     """
     seen: dict[str, bool] = {}
-    shapes = ((rows, tokens), (rows, 1))
+    shapes = ((sequences, tokens), (sequences, 1))
 
     def look(name: str, _: nn.Module, inputs: tuple[object, ...]) -> None:
         first = inputs[0] if inputs else None
@@ -169,7 +169,7 @@ def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens:
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
 """This module of a LLaVA-1.5 gets one entry a picture, so each picture can have its own request's projector."""
-PROBE_ROWS, PROBE_TOKENS = 2, 2  # a prompt, and a token after it
+PROBE_SEQUENCES, PROBE_TOKENS = 2, 2  # a prompt, and a token after it
 
 
 class UnknownModel(UserError):
@@ -178,7 +178,7 @@ class UnknownModel(UserError):
 
 @dataclass(frozen=True)
 class ServedEntry:
-    """Says how an adapter (or the base) is asked, and what its rows need of a batch.
+    """Says how an adapter (or the base) is asked, and what its sequences need of a batch.
 
     Attributes:
         name: of the adapter; None is the base.
@@ -190,12 +190,12 @@ class ServedEntry:
     alone: bool = False
 
     def applied(self, strength: float) -> AppliedAdapter | None:
-        """Returns the adapter as a row has it at this strength; None is the base."""
+        """Returns the adapter as a sequence has it at this strength; None is the base."""
         return None if self.name is None or strength == 0 else AppliedAdapter(self.name, strength)
 
 
 class ServedModel:
-    """A base, loaded once, whose rows may each have another adapter.
+    """A base, loaded once, whose sequences may each have another adapter.
 
     Args:
         source: of the base, and of how it is asked: by itself, or as an adapter on it was trained to be.
@@ -230,35 +230,35 @@ class ServedModel:
         self.adapters.put(name, read)
         self._entries[name] = ServedEntry(name, prompt_encoder(source), read.alone)
 
-    def rows(
+    def holding(
         self, entries: Sequence[ServedEntry], pictures: Sequence[int], strengths: Sequence[float] = ()
     ) -> AbstractContextManager[None]:
-        """Gives each row of the batch, inside the block, its own adapter, number of pictures and strength (or 1)."""
+        """Gives each sequence of the batch, inside the block, its own adapter, number of pictures and strength."""
         strengths = strengths or [1.0] * len(entries)
         applied = [entry.applied(strength) for entry, strength in zip(entries, strengths, strict=True)]
-        rows = list(zip(entries, applied, pictures, strict=True))
-        alone = [adapter for entry, adapter, count in rows if count and entry.alone and adapter]
+        each = list(zip(entries, applied, pictures, strict=True))
+        alone = [adapter for entry, adapter, count in each if count and entry.alone and adapter]
         if alone or not self.by_picture:
             shown_by: list[AppliedAdapter | None] = [alone[0] if alone else None]
         else:
-            shown_by = [adapter for _, adapter, count in rows for _ in range(count)] or [None]
+            shown_by = [adapter for _, adapter, count in each for _ in range(count)] or [None]
         return self.adapters.batch.holding(applied, shown_by)
 
     @property
     def by_picture(self) -> bool:
-        """Tells whether each picture of a batch can have the projector of its own row's adapter."""
+        """Tells whether each picture of a batch can have the projector of its own sequence's adapter."""
         config: Any = self.backbone.model.config
         return config.model_type == LLAVA
 
     def _layers(self) -> Layers:
         model = self.backbone.model
         sample = prompt_sample(self.assistant.encoder, [Turn("user", "a")], PromptMedia())
-        batch = prompt_batch(self.assistant.encoder, [sample] * PROBE_ROWS)
+        batch = prompt_batch(self.assistant.encoder, [sample] * PROBE_SEQUENCES)
         options = {"min_new_tokens": PROBE_TOKENS, "num_beams": 1}
         run = partial(self.assistant.new_ids, batch, max_new_tokens=PROBE_TOKENS, options=options)
-        seen = rows_seen(model, run, rows=PROBE_ROWS, tokens=batch["input_ids"].shape[1])
+        seen = sequences_seen(model, run, sequences=PROBE_SEQUENCES, tokens=batch["input_ids"].shape[1])
         by_picture = _inside(model, model.get_submodule(LLAVA_PROJECTOR)) if self.by_picture else frozenset()
-        return Layers(by_row=seen, by_picture=by_picture, decoder=_inside(model, decoder_of(model)))
+        return Layers(by_sequence=seen, by_picture=by_picture, decoder=_inside(model, decoder_of(model)))
 
 
 def _inside(model: nn.Module, part: nn.Module) -> frozenset[str]:

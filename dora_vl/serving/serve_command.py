@@ -20,7 +20,7 @@ from dora_vl.serving.options import (
 
 DESCRIPTION = """\
 Serves a base model and adapters over it, each under its own name, as OpenAI's clients ask. Nothing is merged: requests
-for different adapters and for the base are answered in one batch, each row with its own adapter.
+for different adapters and for the base are answered in one batch, each sequence with its own adapter.
 
   dora-vl serve --adapter shapes=runs/demo/adapter
   dora-vl serve --model OWNER/NAME --adapter a=runs/a/adapter --adapter b=runs/b/adapter --port 8001

@@ -1,7 +1,7 @@
 """One question put to several models side by side, turn after turn, for several people at once.
 
-Everything goes through the engine: the models of one question are rows of one batch, and so are other people's. This
-module knows nothing of the page.
+Everything goes through the engine: the models of one question are sequences of one batch, and so are other people's.
+This module knows nothing of the page.
 """
 
 from __future__ import annotations

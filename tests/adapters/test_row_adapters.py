@@ -16,7 +16,7 @@ from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.core.adapter_slots import Slot, SlotLayer
 from dora_vl.core.strength import AppliedAdapter
 from dora_vl.errors import UserError
-from dora_vl.serving.model import AdapterSlots, Layers, rows_seen
+from dora_vl.serving.model import AdapterSlots, Layers, sequences_seen
 from tests.adapters import foreign_files
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_language import write_tiny_language
@@ -60,9 +60,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def layers_of(model: Any) -> Layers:
-    seen = rows_seen(model, lambda: model(IDS[:2]), rows=2, tokens=IDS.shape[1])
+    seen = sequences_seen(model, lambda: model(IDS[:2]), sequences=2, tokens=IDS.shape[1])
     decoder = {name for name, _ in model.named_modules() if name.startswith("model")}
-    return Layers(by_row=seen, decoder=frozenset(decoder))
+    return Layers(by_sequence=seen, decoder=frozenset(decoder))
 
 
 def adapter_slots(model: Any, folders: Mapping[str, Path]) -> AdapterSlots:
@@ -158,7 +158,7 @@ def test_rows_are_those_of_every_call() -> None:
             return self.flat(y.flatten(0, 1)) + self.sometimes(y.flatten(0, 1))
 
     model = Odd()
-    seen = rows_seen(model, lambda: model(torch.zeros(2, 5, 3)), rows=2, tokens=5)
+    seen = sequences_seen(model, lambda: model(torch.zeros(2, 5, 3)), sequences=2, tokens=5)
     assert seen == {"", "rows"}
 
 

@@ -34,7 +34,7 @@ def adapted(base: nn.Module, name: str, kind: Any = DoRALinear) -> AdaptedLayer:
 
 def slot_layer_of(base: nn.Module) -> tuple[SlotLayer, ActiveAdapters]:
     batch = ActiveAdapters()
-    return SlotLayer(base, batch, "rows"), batch
+    return SlotLayer(base, batch, "sequences"), batch
 
 
 @pytest.mark.parametrize("one_product", [True, False])

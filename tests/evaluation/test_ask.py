@@ -108,7 +108,7 @@ def test_strength_is_that_of_the_server(pictures_adapter: Path, pictures: list[s
 
     labels, seen_logits = inputs["input_ids"].clamp_min(0), []
     for strength in (0.0, 0.4, 1.0, 1.7):
-        with model.rows([model.entry("one")], [1], [strength]):
+        with model.holding([model.entry("one")], [1], [strength]):
             expected = model.backbone(**inputs, labels=labels, keep_logits=True).logits
         opened: Any = open_model(ModelRequest(adapter=pictures_adapter, strength=strength, with_base=True))
         actual, base = (

@@ -197,7 +197,7 @@ def test_base_rows_of_a_mixed_batch_have_the_bases_bits(base: Path, model: Serve
     sample = prompt_sample(model.assistant.encoder, *PICTURES[1])
     inputs = inputs_on_device(prompt_batch(model.assistant.encoder, [sample] * 3), "cpu")
     plain = alone(base, None).backbone.model(**inputs).logits
-    with model.rows([model.entry("base"), model.entry("one"), model.entry("four")], [1, 1, 1]):
+    with model.holding([model.entry("base"), model.entry("one"), model.entry("four")], [1, 1, 1]):
         mixed = model.backbone.model(**inputs).logits
     assert torch.equal(mixed[0], plain[0])
     assert not torch.allclose(mixed[1], plain[1], atol=1e-2)
