@@ -333,8 +333,8 @@ def _merged_matrix(layer: AdaptedLayer) -> Float[Tensor, "*experts out in_"]:
     if not layer.experts:
         return functional.merged_weight(weight, a, b, layer.magnitude, layer.adapter.scale)
     nothing = [None] * layer.experts
-    tensors = (nothing if tensor is None else tensor for tensor in (a, b, layer.magnitude))
-    experts = zip(weight, *tensors, strict=True)
+    a, b, magnitude = (nothing if tensor is None else tensor for tensor in (a, b, layer.magnitude))
+    experts = zip(weight, a, b, magnitude, strict=True)
     return torch.stack([functional.merged_weight(*expert, layer.adapter.scale) for expert in experts])
 
 
