@@ -1,0 +1,257 @@
+"""How each family writes boxes and points: the numbers that its models were taught, and the text around them.
+
+Inside, a box is a fraction of the picture as it is shown (`data.objects`). Most families count thousandths of the whole
+picture, whatever their processor makes of it: a stretch and tiles leave fractions as they are. Two kinds need more:
+Qwen2.5-VL counts pixels of the picture that its processor makes, LLaVA-1.5 fractions of the square that it pads to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any, Literal
+
+from dora_vl.data.objects import Box, Size
+
+Made = Callable[[Size], Size]
+"""Says which size a processor makes of a picture."""
+PLACES = ("x0", "y0", "x1", "y1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxFormat:
+    """How boxes and points are written as text.
+
+    Attributes:
+        box: names its numbers `{x0}`, `{y0}`, `{x1}` and `{y1}`, in any order.
+        point: names its numbers `{x0}` and `{y0}`.
+        several: encloses the boxes of one label, which `between` parts.
+        phrase: a label without a box.
+        labelled: a label with its boxes, as `{label}` and `{boxes}`; empty for Qwen's JSON, a list of objects.
+        separator: parts what two labels have.
+        repeats: each box has a label of its own; else a label's boxes stand together.
+        units: how many a side has; "pixels" are those of the picture that the processor makes.
+        last: the largest number that is written; 0 is `units`.
+        padded: the side is that of the square that a picture is padded to.
+        cut: numbers are cut off, not rounded, and read in the middle.
+        decimals: of each number, which `digits` characters show at least.
+        tokens: the tokenizer's special tokens among all this, which answers may hold.
+    """
+
+    box: str = "[{x0}, {y0}, {x1}, {y1}]"
+    point: str = "[{x0}, {y0}]"
+    several: str = "{}"
+    between: str = ", "
+    phrase: str = "{}"
+    labelled: str = ""
+    separator: str = ", "
+    repeats: bool = False
+    units: float | Literal["pixels"] = 1000.0
+    last: float = 0.0
+    padded: bool = False
+    cut: bool = False
+    decimals: int = 0
+    digits: int = 1
+    tokens: tuple[str, ...] = ()
+
+    def write(self, boxes: Sequence[Box], sizes: Sequence[Size], made: Made) -> str:
+        """Writes what one place holds, for pictures of these sizes."""
+        texts = [self._corners(box, sizes[box.image], made) if box.corners else "" for box in boxes]
+        if not any(box.label for box in boxes):
+            return self.several.format(self.between.join(texts))
+        if not self.labelled and any(texts):
+            return f"[{', '.join(map(_json_object, boxes, texts))}]"
+        pairs = list(zip(boxes, texts, strict=True))
+        groups = (
+            [[pair] for pair in pairs] if self.repeats else [[*of] for _, of in groupby(pairs, lambda it: it[0].label)]
+        )
+        return self.separator.join(self._labelled(of[0][0].label, [text for _, text in of if text]) for of in groups)
+
+    def _labelled(self, label: str, texts: Sequence[str]) -> str:
+        if not texts:
+            return self.phrase.format(label)
+        return self.labelled.format(label=label, boxes=self.several.format(self.between.join(texts)))
+
+    def _corners(self, box: Box, size: Size, made: Made) -> str:
+        numbers = {}
+        for name, corner, (side, offset, units) in zip(PLACES, box.corners, self._axes(size, made) * 2, strict=False):
+            value = (corner * side + offset) * units
+            value = int(value + 1e-6) if self.cut else round(value, self.decimals)
+            numbers[name] = f"{min(value, self.last or max(units, value)):0{self.digits}.{self.decimals}f}"
+        return (self.box if len(numbers) == 4 else self.point).format(**numbers)
+
+    def _axes(self, size: Size, made: Made) -> list[tuple[float, float, float]]:
+        """Returns for x and y the picture's share of what the units count, where it begins there, and the units."""
+        units = made(size) if self.units == "pixels" else (self.units, self.units)
+        square = max(size) if self.padded else 0  # `expand2square` puts whole pixels before the picture
+        return [
+            (length / square, (square - length) // 2 / square, count) if square else (1.0, 0.0, count)
+            for length, count in zip(size, units, strict=True)
+        ]
+
+    def unit(self, size: Size, made: Made) -> tuple[float, float]:
+        """Returns one written unit along x and y, in fractions of a picture of this size."""
+        across, down = (10**-self.decimals / (units * share) for share, _, units in self._axes(size, made))
+        return across, down
+
+    def read(self, text: str, size: Size, made: Made, image: int = 0) -> list[Box]:
+        """Reads the boxes and points of an answer about a picture of this size, in their order; none from words."""
+        boxes, axes, half = [], self._axes(size, made) * 2, 0.5 if self.cut else 0.0
+        for numbers, label in self._numbers_in(text):
+            corners = [
+                min(max(((number + half) / units - offset) / share, 0.0), 1.0)
+                for number, (share, offset, units) in zip(numbers, axes, strict=False)
+            ]
+            boxes.append(Box(tuple(corners), label.strip(), image))
+        return boxes
+
+    def _numbers_in(self, text: str) -> Iterator[tuple[list[float], str]]:
+        at = 0
+        while at < len(text):
+            if not self.labelled and text[at] in "[{" and (read := _json_at(text, at)):
+                entries, at = read
+                yield from entries
+            elif match := self._labelled_pattern.match(text, at) if self.labelled else None:
+                for corners in self._pattern.finditer(match["boxes"]):
+                    yield _in_order(corners), match["label"]
+                at = match.end()
+            elif match := self._pattern.match(text, at):
+                yield _in_order(match), ""
+                at = match.end()
+            else:
+                at += 1
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Finds a box or a point."""
+        bare = self.box, self.point.replace("0}", "}")  # other names, since an expression has each once
+        for token in self.tokens:  # decoding may have dropped them
+            bare = bare[0].replace(token, ""), bare[1].replace(token, "")
+        return re.compile("|".join(_expression(form, "(?P<{}>{})") for form in bare))
+
+    @cached_property
+    def _labelled_pattern(self) -> re.Pattern[str]:
+        """Finds a label with its boxes."""
+        corners = "|".join(_expression(form, "{1}") for form in (self.box, self.point))
+        boxes = f"(?:{corners})(?:\\s*{_expression(self.between)}\\s*(?:{corners}))*"
+        before, after = map(_expression, self.several.split("{}"))
+        fields = {"{label}": r"(?P<label>[^<>;\[\]]+)", "{boxes}": f"{before}(?P<boxes>{boxes}){after}"}
+        pieces = re.split(r"(\{label\}|\{boxes\})", self.labelled)
+        return re.compile("".join(fields.get(piece) or _expression(piece) for piece in pieces))
+
+
+def _expression(form: str, number: str = "") -> str:
+    """Makes a regular expression of a form, in which spaces count for nothing."""
+    pieces = re.split(r"\{(\w+)\}", form)
+    literals = [r"\s*".join(map(re.escape, re.split(r"\s+", piece))) for piece in pieces[::2]]
+    numbers = [number.format(name, r"-?\d+(?:\.\d+)?") for name in pieces[1::2]]
+    return r"\s*".join(part for pair in zip(literals, [*numbers, ""], strict=True) for part in pair if part)
+
+
+def _in_order(match: re.Match[str]) -> list[float]:
+    """Returns the numbers of a box as x0, y0, x1, y1, of a point as x, y."""
+    return [float(number) for name in (*PLACES, "x", "y") if (number := match.groupdict().get(name)) is not None]
+
+
+_KEYS = {"bbox_2d": 4, "point_2d": 2}
+
+
+def _json_object(box: Box, corners: str) -> str:
+    key = next(key for key, count in _KEYS.items() if count == (len(box.corners) or 4))
+    place = f'"{key}": {corners}' if corners else ""
+    label = f'"label": {json.dumps(box.label, ensure_ascii=False)}' if box.label else ""
+    return f"{{{', '.join(filter(None, (place, label)))}}}"
+
+
+def _json_at(text: str, at: int) -> tuple[list[tuple[list[float], str]], int] | None:
+    """Reads Qwen's JSON, an object or a list of objects; returns corners and labels, and where it ends."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, at)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    entries = []
+    for entry in value if isinstance(value, list) else [value]:
+        corners: Any = next((entry[key] for key in _KEYS if key in entry), None) if isinstance(entry, dict) else None
+        if not isinstance(corners, list) or len(corners) not in _KEYS.values():
+            return None
+        if not all(isinstance(corner, int | float) for corner in corners):
+            return None
+        entries.append(([*map(float, corners)], str(entry.get("label", ""))))
+    return (entries, end) if entries else None
+
+
+_REF_AND_BOX = ("<ref>", "</ref>", "<box>", "</box>")
+_THOUSANDTHS = BoxFormat()
+
+BOX_FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
+    {
+        "thousandths": _THOUSANDTHS,
+        "pixels": BoxFormat(units="pixels"),
+        "qwen2": BoxFormat(
+            box="<|box_start|>({x0},{y0}),({x1},{y1})<|box_end|>",
+            point="<|box_start|>({x0},{y0})<|box_end|>",
+            between="",
+            phrase="<|object_ref_start|>{}<|object_ref_end|>",
+            labelled="<|object_ref_start|>{label}<|object_ref_end|>{boxes}",
+            separator="",
+            tokens=("<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+        ),
+        "internvl": BoxFormat(
+            several="<box>[{}]</box>",
+            phrase="<ref>{}</ref>",
+            labelled="<ref>{label}</ref>{boxes}",
+            separator="",
+            cut=True,
+            tokens=_REF_AND_BOX,
+        ),
+        "paligemma": BoxFormat(
+            box="<loc{y0}><loc{x0}><loc{y1}><loc{x1}>",
+            point="<loc{y0}><loc{x0}>",
+            between=" ; ",
+            repeats=True,
+            labelled="{boxes} {label}",
+            separator=" ; ",
+            units=1023.0,
+            digits=4,
+        ),
+        "deepseek": BoxFormat(
+            several="<|det|>[{}]<|/det|>",
+            phrase="<|ref|>{}<|/ref|>",
+            labelled="<|ref|>{label}<|/ref|>{boxes}",
+            separator="",
+            units=999.0,
+            tokens=("<|det|>", "<|/det|>", "<|ref|>", "<|/ref|>"),
+        ),
+        "glm": BoxFormat(several="<|begin_of_box|>{}<|end_of_box|>", tokens=("<|begin_of_box|>", "<|end_of_box|>")),
+        "minicpm": BoxFormat(
+            box="<box>{x0} {y0} {x1} {y1}</box>",
+            point="<point>{x0} {y0}</point>",
+            between="",
+            phrase="<ref>{}</ref>",
+            labelled="<ref>{label}</ref>{boxes}",
+            separator="",
+            tokens=(*_REF_AND_BOX, "<point>", "</point>"),
+        ),
+        "llava": BoxFormat(units=1.0, padded=True, decimals=2),
+        "fractions": BoxFormat(units=1.0, decimals=2),
+    }
+)
+"""Every form, by the name that `data.boxes` gives it."""
+
+OF_PROCESSOR: Mapping[str, str] = MappingProxyType(
+    {
+        "Qwen2VLProcessor": "qwen2",
+        "Qwen2_5_VLProcessor": "pixels",
+        "InternVLProcessor": "internvl",
+        "PaliGemmaProcessor": "paligemma",
+        "Glm4vProcessor": "glm",
+        "MiniCPMV4_6Processor": "minicpm",
+        "MiniCPMV4_7Processor": "minicpm",
+    }
+)
+"""Maps the classes of transformers' processors to the form that their models were taught; others get thousandths."""
