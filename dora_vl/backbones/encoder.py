@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from dora_vl.backbones.base import config_of, max_positions, model_type_of, sees_pictures
+from dora_vl.backbones.families.boxes import BoxFormat, boxes_of, made_by
 from dora_vl.backbones.families.formats import PROBE, VIDEO_MARK, Chat, Instruction, Prompts, shared_beginning
 from dora_vl.backbones.families.table import LLAVA, quirks_of
 from dora_vl.backbones.generation import decoded
@@ -36,6 +37,7 @@ from dora_vl.backbones.video_inputs import (
 )
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
+from dora_vl.data.objects import Box, Size, with_places
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Encoded, Sample, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
@@ -61,7 +63,7 @@ def _media_up_to(answer: int, turns: Sequence[Turn]) -> tuple[int, int]:
     return text.count(IMAGE_PLACEHOLDER), text.count(VIDEO_PLACEHOLDER) + text.count(VIDEO_MARK)
 
 
-def open_encoder(
+def open_encoder(  # noqa: PLR0913 - settings of a run
     base: str,
     *,
     template: str | None = None,
@@ -70,13 +72,15 @@ def open_encoder(
     max_tokens: int,
     revision: str | None = None,
     thinking: bool | None = None,
+    boxes: str | None = None,
 ) -> Encoder:
     """Opens the encoder of a folder or hub id; no weights are read, and the options mean what a run's settings do."""
     processor = load_processor(base, aspect=aspect, revision=revision)
     pictures = sees_pictures(base, revision)
     prompts = prompts_of(processor, base, template, pictures=pictures, train_on=train_on, thinking=thinking)
     positions = max_positions(config_of(base, revision))
-    return Encoder(processor, prompts, max_tokens=max_tokens, max_positions=positions)
+    form = boxes_of(processor, boxes)
+    return Encoder(processor, prompts, max_tokens=max_tokens, max_positions=positions, boxes=form)
 
 
 def load_processor(base: str, *, aspect: Aspect = "pad", revision: str | None = None) -> Any:
@@ -120,9 +124,18 @@ class Encoder:
     Args:
         max_tokens: a longer sample loses text at its end; pictures are never cut.
         max_positions: the model's positions; None if it states no number.
+        boxes: how boxes are written; None is as the processor's models were taught.
     """
 
-    def __init__(self, processor: Any, prompts: Prompts, *, max_tokens: int, max_positions: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        prompts: Prompts,
+        *,
+        max_tokens: int,
+        max_positions: int | None = None,
+        boxes: BoxFormat | None = None,
+    ) -> None:
         self.processor = processor
         self.prompts = prompts
         self.tokenizer = processor.tokenizer
@@ -130,6 +143,7 @@ class Encoder:
         self.max_positions = max_positions
         self.max_tokens = min(max_tokens, max_positions or max_tokens)
         self.sees_pictures = not isinstance(processor, PieceProcessor) or processor.pixels is not None
+        self.boxes = boxes or boxes_of(processor)
         self.own_positions: OwnPositions | None = None
         """`take_positions_of` sets it for a family that counts along several axes."""
 
@@ -329,7 +343,32 @@ class Encoder:
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
         """Decodes an answer, without special tokens and what ends it."""
-        return self.prompts.answer_in(decoded(self.tokenizer, ids))
+        return self.prompts.answer_in(decoded(self.tokenizer, ids, self.box_tokens))
+
+    @functools.cached_property
+    def box_tokens(self) -> frozenset[int]:
+        """Returns the ids of the special tokens that boxes are written with, which an answer's text keeps."""
+        return frozenset(map(self.tokenizer.convert_tokens_to_ids, self.boxes.tokens))
+
+    @functools.cached_property
+    def made(self) -> Callable[[Size], Size]:
+        """Says which size the processor makes of a picture."""
+        return made_by(self.processor)
+
+    def with_boxes(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> Sequence[Turn]:
+        """Returns the turns with their boxes as the family writes them. Raises ValueError: a box has no picture."""
+        sizes = [picture.size for picture in pictures]
+
+        def write(boxes: Sequence[Box]) -> str:
+            if beyond := [box for box in boxes if not 0 <= box.image < len(sizes)]:
+                raise ValueError(f"the {beyond[0].named()} is of picture {beyond[0].image + 1} of {len(sizes)}")
+            return self.boxes.write([box.in_fractions(sizes[box.image]) for box in boxes], sizes, self.made)
+
+        return [replace(turn, text=with_places(turn.text, write)) for turn in turns]
+
+    def boxes_in(self, answer: str, size: Size, image: int = 0) -> list[Box]:
+        """Reads the boxes of an answer about a picture of this size, in fractions of it."""
+        return self.boxes.read(answer, size, self.made, image)
 
     def _processed(
         self,
@@ -344,6 +383,8 @@ class Encoder:
         """Processes each text of a conversation, that of its last answer first."""
         placeholders = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
+            written = self.with_boxes(turns, pictures) if any("<objects>" in turn.text for turn in turns) else ()
+            turns = written or turns
             # Unicode's noncharacters serve as marks here (`BREAK`, `VIDEO_MARK`, stand-ins).
             if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text + turn.more):
                 raise ValueError("its text holds a Unicode noncharacter (U+FDD0 to U+FDEF)")
@@ -364,7 +405,8 @@ class Encoder:
         rows = (chat, *chat.others)
         seen = [_media_up_to(row.answers[-1], turns) if row.answers else (None, None) for row in rows]
         media = [(pictures[:images], videos[:clips]) for images, clips in seen]
-        return [self._process(row, *shown, sample) for row, shown in zip(rows, media, strict=True)]
+        encoded = [self._process(row, *shown, sample) for row, shown in zip(rows, media, strict=True)]
+        return [replace(text, written=tuple(written)) for text in encoded] if written else encoded
 
     def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> Encoded:
         """Encodes a text as the processor does, all its answers labelled."""

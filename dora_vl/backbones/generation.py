@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -20,16 +21,19 @@ NOT_YET_A_CHARACTER = "\ufffd"
 """Decoders return this for the first bytes of a character whose last bytes are still to come."""
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[object]) -> str:
-    """Decodes ids without special tokens; `ids` may be one of a batch."""
-    return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))  # pyright: ignore[reportArgumentType]
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[object], keep: Collection[int] = ()) -> str:
+    """Decodes ids without special tokens, but for those to `keep`; `ids` may be one of a batch."""
+    parts = groupby((int(token) for token in ids), lambda token: token in keep)  # pyright: ignore[reportArgumentType]
+    return "".join(str(tokenizer.decode([*run], skip_special_tokens=not is_kept)) for is_kept, run in parts)
 
 
-def growing_text(tokenizer: PreTrainedTokenizerBase, answer_in: Callable[[str], str]) -> Callable[[Sequence[int]], str]:
+def growing_text(
+    tokenizer: PreTrainedTokenizerBase, answer_in: Callable[[str], str], keep: Collection[int] = ()
+) -> Callable[[Sequence[int]], str]:
     """Returns a decoder for an answer's ids as they grow; `answer_in` cuts the answer out of the whole text."""
     if tokenizer.clean_up_tokenization_spaces:  # takes spaces back across several tokens
-        return lambda ids: answer_in(decoded(tokenizer, ids))
-    return GrowingText(partial(decoded, tokenizer), answer_in)
+        return lambda ids: answer_in(decoded(tokenizer, ids, keep))
+    return GrowingText(partial(decoded, tokenizer, keep=keep), answer_in)
 
 
 class GrowingText:

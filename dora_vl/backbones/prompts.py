@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+from dora_vl.backbones.families.boxes import BOX_FORMATS
 from dora_vl.backbones.families.formats import (
     BREAK,
     FORMATS,
@@ -96,7 +97,9 @@ class ProcessorChat(Prompts):
             )
         self.bos_token = processor.tokenizer.bos_token
         self._special = special_tokens(processor)
-        self._not_in_words = special_tokens(processor, allowed={THINK, END_THINK})
+        # A person may write a family's own boxes.
+        allowed = {THINK, END_THINK, *(token for form in BOX_FORMATS.values() for token in form.tokens)}
+        self._not_in_words = special_tokens(processor, allowed=allowed)
         self._switch: dict[str, bool] = {}
         self._arguments_as_text = self._writes_calls = False
         self._thoughts: Literal["fields", "part", ""] = ""

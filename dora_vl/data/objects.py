@@ -96,7 +96,7 @@ _ABOUT: Mapping[str, type | tuple[type, ...]] = {"label": str, "image": int, "co
 
 def _box_of(entry: Any) -> Box:
     kinds = [name for name in _CORNERS if isinstance(entry, dict) and name in entry]
-    wrong = not isinstance(entry, dict) or len(kinds) > 1 or not kinds and not entry.get("label")
+    wrong = not isinstance(entry, dict) or len(kinds) > 1 or (not kinds and not entry.get("label"))
     wrong = wrong or bool(entry.keys() - _CORNERS.keys() - _ABOUT.keys())
     wrong = wrong or any(not isinstance(entry[name], kind) for name, kind in _ABOUT.items() if name in entry)
     corners = entry[kinds[0]] if kinds and not wrong else []

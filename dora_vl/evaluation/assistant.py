@@ -69,7 +69,7 @@ def prompt_batch(encoder: Encoder, samples: Sequence[Sample]) -> Mapping[str, An
 
 def growing_answer(encoder: Encoder) -> Callable[[Sequence[int]], str]:
     """Returns a decoder for the growing ids of one answer."""
-    return growing_text(encoder.tokenizer, encoder.prompts.answer_in)
+    return growing_text(encoder.tokenizer, encoder.prompts.answer_in, encoder.box_tokens)
 
 
 class _TextStreamer(BaseStreamer):

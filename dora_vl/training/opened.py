@@ -175,7 +175,7 @@ class SampleEncoder:
 
     def trained(self, example: Example, sample: Sample, examples: Examples) -> list[list[TrainedAnswer]]:
         """Lists for each text of a sample what its labels must say; `examples` are those that it was made among."""
-        answers = self.encoder.answers(example)
+        answers = self.encoder.answers(dataclasses.replace(example, turns=sample.written or example.turns))
         return [[answers[number] for number in text.answers] for text in sample.texts()]
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Literal
+
+from PIL import Image
 
 from dora_vl.data.objects import Box, Size
 
@@ -111,28 +114,31 @@ class BoxFormat:
         return boxes
 
     def _numbers_in(self, text: str) -> Iterator[tuple[list[float], str]]:
-        at = 0
+        at, pattern = 0, self._patterns[not any(token in text for token in self.tokens)]
         while at < len(text):
             if not self.labelled and text[at] in "[{" and (read := _json_at(text, at)):
                 entries, at = read
                 yield from entries
             elif match := self._labelled_pattern.match(text, at) if self.labelled else None:
-                for corners in self._pattern.finditer(match["boxes"]):
+                for corners in pattern.finditer(match["boxes"]):
                     yield _in_order(corners), match["label"]
                 at = match.end()
-            elif match := self._pattern.match(text, at):
+            elif match := pattern.match(text, at):
                 yield _in_order(match), ""
                 at = match.end()
             else:
                 at += 1
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        """Finds a box or a point."""
-        bare = self.box, self.point.replace("0}", "}")  # other names, since an expression has each once
-        for token in self.tokens:  # decoding may have dropped them
-            bare = bare[0].replace(token, ""), bare[1].replace(token, "")
-        return re.compile("|".join(_expression(form, "(?P<{}>{})") for form in bare))
+    def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """Finds a box or a point as it is written, and in a text that was decoded without special tokens."""
+        forms = self.box, self.point.replace("0}", "}")  # other names, since an expression has each once
+        bare = [re.sub("|".join(map(re.escape, self.tokens)) or "(?!)", "", form) for form in forms]
+        bare = [form for form in bare if re.search(r"[^\s\w{}]", form)]  # mere numbers are any text's
+        exact, loose = (
+            re.compile("|".join(_expression(form, "(?P<{}>{})") for form in of) or "(?!)") for of in (forms, bare)
+        )
+        return exact, loose
 
     @cached_property
     def _labelled_pattern(self) -> re.Pattern[str]:
@@ -255,3 +261,36 @@ OF_PROCESSOR: Mapping[str, str] = MappingProxyType(
     }
 )
 """Maps the classes of transformers' processors to the form that their models were taught; others get thousandths."""
+
+
+def boxes_of(processor: Any, name: str | None = None) -> BoxFormat:
+    """Returns the form of this name, else the one that a processor's models were taught."""
+    if name is None:
+        name = OF_PROCESSOR.get(type(processor).__name__, "thousandths")
+    return BOX_FORMATS[name]
+
+
+def made_by(processor: Any) -> Made:
+    """Returns the rule by which a processor resizes pictures, asked only where boxes are in its pixels.
+
+    Its module's `smart_resize` answers in microseconds; a processor without one is given a blank picture.
+    """
+    images = vars(processor).get("image_processor")
+    rule = vars(sys.modules[type(images).__module__]).get("smart_resize")
+
+    @lru_cache(maxsize=4096)
+    def made(size: Size) -> Size:
+        if images is None:
+            return size
+        if rule is not None:
+            least, most = (images.size[f"{edge}_edge"] for edge in ("shortest", "longest"))
+            factor = images.patch_size * images.merge_size
+            height, width = rule(size[1], size[0], factor=factor, min_pixels=least, max_pixels=most)
+            return width, height
+        grid = dict(images(images=[Image.new("RGB", size)], return_tensors="pt")).get("image_grid_thw")
+        if grid is None:
+            return size
+        _, rows, columns = grid[0].tolist()
+        return columns * int(images.patch_size), rows * int(images.patch_size)
+
+    return made
