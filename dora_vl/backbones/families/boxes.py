@@ -63,7 +63,7 @@ class BoxFormat:
     tokens: tuple[str, ...] = ()
 
     def write(self, boxes: Sequence[Box], sizes: Sequence[Size], made: Made) -> str:
-        """Writes what one place holds, for pictures of these sizes."""
+        """Writes what one place holds, for pictures of these sizes. Raises ValueError: a box is too small for it."""
         texts = [self._corners(box, sizes[box.image], made) if box.corners else "" for box in boxes]
         if not any(box.label for box in boxes):
             return self.several.format(self.between.join(texts))
@@ -86,7 +86,12 @@ class BoxFormat:
             value = (corner * side + offset) * units
             value = int(value + 1e-6) if self.cut else round(value, self.decimals)
             numbers[name] = f"{min(value, self.last or max(units, value)):0{self.digits}.{self.decimals}f}"
-        return (self.box if len(numbers) == 4 else self.point).format(**numbers)
+        text = (self.box if len(numbers) == 4 else self.point).format(**numbers)
+        if len(numbers) == 4 and (numbers["x0"] == numbers["x1"] or numbers["y0"] == numbers["y1"]):
+            across, down = (unit * side for unit, side in zip(self.unit(size, made), size, strict=True))
+            units = f"one unit is {across:.3g} x {down:.3g} pixels of its {size[0]} x {size[1]}"
+            raise ValueError(f"the {box.named()} would be written as {text}, which is empty: {units}")
+        return text
 
     def _axes(self, size: Size, made: Made) -> list[tuple[float, float, float]]:
         """Returns for x and y the picture's share of what the units count, where it begins there, and the units."""
@@ -255,6 +260,7 @@ OF_PROCESSOR: Mapping[str, str] = MappingProxyType(
         "Qwen2_5_VLProcessor": "pixels",
         "InternVLProcessor": "internvl",
         "PaliGemmaProcessor": "paligemma",
+        "PieceProcessor": "llava",
         "Glm4vProcessor": "glm",
         "MiniCPMV4_6Processor": "minicpm",
         "MiniCPMV4_7Processor": "minicpm",
