@@ -101,20 +101,21 @@ def test_boxes_come_back_from_the_labels(model_type: str, labelled: bool, folder
 
 def test_pixels_of_the_picture_become_the_familys(folders: dict[str, Path]) -> None:
     """One box of a picture of 4000 x 3000, written out for three families."""
-    place = f"<objects>{json.dumps([{'box_px': [400, 300, 2000, 1500], 'label': 'dog'}])}</objects>"
+    place = f"<objects>{json.dumps([{'box_px': [400, 600, 2000, 1500], 'label': 'dog'}])}</objects>"
     turns = Turn("user", "<image>\nWhere is the dog?"), Turn("assistant", place)
     texts = {}
-    for name in ("thousandths", "pixels", "fractions", "paligemma"):
+    for name in ("thousandths", "qwen2_5", "fractions", "paligemma", "gemma4"):
         encoder = encoder_of("qwen2_5_vl", folders, boxes=name)
         encoded = encoder.encode(Example("x", images=("a",), turns=turns), [Image.new("RGB", (4000, 3000))])
         texts[name] = encoded.written[1].text
     width, height = encoder_of("qwen2_5_vl", folders).made((4000, 3000))
-    corners = f"{round(width / 10)}, {round(height / 10)}, {round(width / 2)}, {round(height / 2)}"
+    corners = f"{round(width / 10)}, {round(height / 5)}, {round(width / 2)}, {round(height / 2)}"
     assert texts == {
-        "thousandths": '[{"bbox_2d": [100, 100, 500, 500], "label": "dog"}]',
-        "pixels": f'[{{"bbox_2d": [{corners}], "label": "dog"}}]',
-        "fractions": '[{"bbox_2d": [0.10, 0.10, 0.50, 0.50], "label": "dog"}]',
-        "paligemma": "<loc0102><loc0102><loc0512><loc0512> dog",
+        "thousandths": '[{"bbox_2d": [100, 200, 500, 500], "label": "dog"}]',
+        "qwen2_5": f'```json\n[\n\t{{"bbox_2d": [{corners}], "label": "dog"}}\n]\n```',
+        "gemma4": '```json\n[\n  {"box_2d": [200, 100, 500, 500], "label": "dog"}\n]\n```',
+        "fractions": '[{"bbox_2d": [0.10, 0.20, 0.50, 0.50], "label": "dog"}]',
+        "paligemma": "<loc0205><loc0102><loc0512><loc0512> dog",
     }
 
 

@@ -33,16 +33,17 @@ class BoxFormat:
     Attributes:
         box: names its numbers `{x0}`, `{y0}`, `{x1}` and `{y1}`, in any order.
         point: names its numbers `{x0}` and `{y0}`.
-        several: encloses the boxes of one label, which `between` parts.
+        several: encloses the boxes of one label, which `between` parts; also boxes without one.
         phrase: a label without a box.
-        labelled: a label with its boxes, as `{label}` and `{boxes}`; empty for Qwen's JSON, a list of objects.
-        separator: parts what two labels have.
+        labelled: a label with its boxes, as `{label}` and `{boxes}`; empty where these are JSON, a list of objects.
+        separator: parts what two labels have, or two objects.
         repeats: each box has a label of its own; else a label's boxes stand together.
+        keys: an object's key of a box and of a point.
+        listed: encloses the objects.
         units: how many a side has; "pixels" are those of the picture that the processor makes.
-        last: the largest number that is written; 0 is `units`.
+        last: the largest number that is written; 0 is `units`, and the last pixel of pixels.
         padded: the side is that of the square that a picture is padded to.
-        cut: numbers are cut off, not rounded, and read in the middle.
-        decimals: of each number, which `digits` characters show at least.
+        decimals: of each number, which `digits` characters show at least; None is two without zeros at the end.
         tokens: the tokenizer's special tokens among all this, which answers may hold.
     """
 
@@ -54,11 +55,12 @@ class BoxFormat:
     labelled: str = ""
     separator: str = ", "
     repeats: bool = False
+    keys: tuple[str, str] = ("bbox_2d", "point_2d")
+    listed: str = "[{}]"
     units: float | Literal["pixels"] = 1000.0
     last: float = 0.0
     padded: bool = False
-    cut: bool = False
-    decimals: int = 0
+    decimals: int | None = 0
     digits: int = 1
     tokens: tuple[str, ...] = ()
 
@@ -68,7 +70,7 @@ class BoxFormat:
         if not any(box.label for box in boxes):
             return self.several.format(self.between.join(texts))
         if not self.labelled and any(texts):
-            return f"[{', '.join(map(_json_object, boxes, texts))}]"
+            return self.listed.format(self.separator.join(map(self._object, boxes, texts)))
         pairs = list(zip(boxes, texts, strict=True))
         groups = (
             [[pair] for pair in pairs] if self.repeats else [[*of] for _, of in groupby(pairs, lambda it: it[0].label)]
@@ -80,12 +82,17 @@ class BoxFormat:
             return self.phrase.format(label)
         return self.labelled.format(label=label, boxes=self.several.format(self.between.join(texts)))
 
+    def _object(self, box: Box, corners: str) -> str:
+        place = f'"{self.keys[len(box.corners) == 2]}": {corners}' if corners else ""
+        label = f'"label": {json.dumps(box.label, ensure_ascii=False)}' if box.label else ""
+        return f"{{{', '.join(filter(None, (place, label)))}}}"
+
     def _corners(self, box: Box, size: Size, made: Made) -> str:
         numbers = {}
-        for name, corner, (side, offset, units) in zip(PLACES, box.corners, self._axes(size, made) * 2, strict=False):
-            value = (corner * side + offset) * units
-            value = int(value + 1e-6) if self.cut else round(value, self.decimals)
-            numbers[name] = f"{min(value, self.last or max(units, value)):0{self.digits}.{self.decimals}f}"
+        for name, corner, (share, offset, units) in zip(PLACES, box.corners, self._axes(size, made) * 2, strict=False):
+            value = round((corner * share + offset) * units, 2 if self.decimals is None else self.decimals)
+            value = min(value, self.last or units - (self.units == "pixels"))
+            numbers[name] = str(value) if self.decimals is None else f"{value:0{self.digits}.{self.decimals}f}"
         text = (self.box if len(numbers) == 4 else self.point).format(**numbers)
         if len(numbers) == 4 and (numbers["x0"] == numbers["x1"] or numbers["y0"] == numbers["y1"]):
             across, down = (unit * side for unit, side in zip(self.unit(size, made), size, strict=True))
@@ -104,15 +111,16 @@ class BoxFormat:
 
     def unit(self, size: Size, made: Made) -> tuple[float, float]:
         """Returns one written unit along x and y, in fractions of a picture of this size."""
-        across, down = (10**-self.decimals / (units * share) for share, _, units in self._axes(size, made))
+        fine = 0.01 if self.decimals is None else 10**-self.decimals
+        across, down = (fine / (units * share) for share, _, units in self._axes(size, made))
         return across, down
 
     def read(self, text: str, size: Size, made: Made, image: int = 0) -> list[Box]:
         """Reads the boxes and points of an answer about a picture of this size, in their order; none from words."""
-        boxes, axes, half = [], self._axes(size, made) * 2, 0.5 if self.cut else 0.0
+        boxes, axes = [], self._axes(size, made) * 2
         for numbers, label in self._numbers_in(text):
             corners = [
-                min(max(((number + half) / units - offset) / share, 0.0), 1.0)
+                min(max((number / units - offset) / share, 0.0), 1.0)
                 for number, (share, offset, units) in zip(numbers, axes, strict=False)
             ]
             boxes.append(Box(tuple(corners), label.strip(), image))
@@ -121,7 +129,7 @@ class BoxFormat:
     def _numbers_in(self, text: str) -> Iterator[tuple[list[float], str]]:
         at, pattern = 0, self._patterns[not any(token in text for token in self.tokens)]
         while at < len(text):
-            if not self.labelled and text[at] in "[{" and (read := _json_at(text, at)):
+            if not self.labelled and text[at] in "[{" and (read := self._json_at(text, at)):
                 entries, at = read
                 yield from entries
             elif match := self._labelled_pattern.match(text, at) if self.labelled else None:
@@ -133,6 +141,27 @@ class BoxFormat:
                 at = match.end()
             else:
                 at += 1
+
+    def _json_at(self, text: str, at: int) -> tuple[list[tuple[list[float], str]], int] | None:
+        """Reads an object or a list of objects; returns corners and labels, and where it ends."""
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError):
+            return None
+        order, entries = re.findall(r"{(\w\d)}", self.box), []
+        for entry in value if isinstance(value, list) else [value]:
+            corners: Any = (
+                next((entry[key] for key in self.keys if key in entry), None) if isinstance(entry, dict) else None
+            )
+            if not isinstance(corners, list) or len(corners) not in (2, 4):
+                return None
+            if not all(isinstance(corner, int | float) for corner in corners):
+                return None
+            places = sorted(
+                zip(order if len(corners) == 4 else order[:2], corners, strict=True), key=lambda it: it[0][::-1]
+            )
+            entries.append(([float(corner) for _, corner in places], str(entry.get("label", ""))))
+        return (entries, end) if entries else None
 
     @cached_property
     def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
@@ -169,40 +198,16 @@ def _in_order(match: re.Match[str]) -> list[float]:
     return [float(number) for name in (*PLACES, "x", "y") if (number := match.groupdict().get(name)) is not None]
 
 
-_KEYS = {"bbox_2d": 4, "point_2d": 2}
-
-
-def _json_object(box: Box, corners: str) -> str:
-    key = next(key for key, count in _KEYS.items() if count == (len(box.corners) or 4))
-    place = f'"{key}": {corners}' if corners else ""
-    label = f'"label": {json.dumps(box.label, ensure_ascii=False)}' if box.label else ""
-    return f"{{{', '.join(filter(None, (place, label)))}}}"
-
-
-def _json_at(text: str, at: int) -> tuple[list[tuple[list[float], str]], int] | None:
-    """Reads Qwen's JSON, an object or a list of objects; returns corners and labels, and where it ends."""
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, at)
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    entries = []
-    for entry in value if isinstance(value, list) else [value]:
-        corners: Any = next((entry[key] for key in _KEYS if key in entry), None) if isinstance(entry, dict) else None
-        if not isinstance(corners, list) or len(corners) not in _KEYS.values():
-            return None
-        if not all(isinstance(corner, int | float) for corner in corners):
-            return None
-        entries.append(([*map(float, corners)], str(entry.get("label", ""))))
-    return (entries, end) if entries else None
-
-
 _REF_AND_BOX = ("<ref>", "</ref>", "<box>", "</box>")
 _THOUSANDTHS = BoxFormat()
 
+_FENCED = "```json\n[\n\t{}\n]\n```"
+
 BOX_FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
     {
-        "thousandths": _THOUSANDTHS,
-        "pixels": BoxFormat(units="pixels"),
+        "thousandths": BoxFormat(),
+        "fractions": BoxFormat(units=1.0, decimals=2),
+        # process_bbox.ipynb of Qwen's finetuning code; the text by issue 105 of its repository
         "qwen2": BoxFormat(
             box="<|box_start|>({x0},{y0}),({x1},{y1})<|box_end|>",
             point="<|box_start|>({x0},{y0})<|box_end|>",
@@ -212,14 +217,18 @@ BOX_FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
             separator="",
             tokens=("<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
         ),
+        "qwen2_5": BoxFormat(units="pixels", listed=_FENCED, separator=",\n\t"),
+        # Qwen's 2d_grounding.ipynb: its answers end at 999
+        "qwen3": BoxFormat(last=999, listed=_FENCED, separator=",\n\t"),
+        # InternVL's "Chat Data Format"
         "internvl": BoxFormat(
             several="<box>[{}]</box>",
             phrase="<ref>{}</ref>",
             labelled="<ref>{label}</ref>{boxes}",
-            separator="",
-            cut=True,
+            separator="\n",
             tokens=_REF_AND_BOX,
         ),
+        # big_vision's segmentation.py, and answers printed in Google's cookbook
         "paligemma": BoxFormat(
             box="<loc{y0}><loc{x0}><loc{y1}><loc{x1}>",
             point="<loc{y0}><loc{x0}>",
@@ -230,6 +239,21 @@ BOX_FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
             units=1023.0,
             digits=4,
         ),
+        # GLM's skill for grounding
+        "glm": BoxFormat(several="<|begin_of_box|>[{}]<|end_of_box|>", tokens=("<|begin_of_box|>", "<|end_of_box|>")),
+        # Hugging Face's account of Gemma 4
+        "gemma4": BoxFormat(
+            box="[{y0}, {x0}, {y1}, {x1}]",
+            point="[{y0}, {x0}]",
+            keys=("box_2d", "point"),
+            listed="```json\n[\n  {}\n]\n```",
+            separator=",\n  ",
+        ),
+        # Liquid's satellite example
+        "lfm2": BoxFormat(units=1.0, decimals=2, keys=("bbox", "point")),
+        # issues 606 and 822 of LLaVA's repository
+        "llava": BoxFormat(units=1.0, padded=True, decimals=None),
+        # DeepSeek-VL2's and MiniCPM-V's own code; transformers has neither's processor
         "deepseek": BoxFormat(
             several="<|det|>[{}]<|/det|>",
             phrase="<|ref|>{}<|/ref|>",
@@ -238,7 +262,6 @@ BOX_FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
             units=999.0,
             tokens=("<|det|>", "<|/det|>", "<|ref|>", "<|/ref|>"),
         ),
-        "glm": BoxFormat(several="<|begin_of_box|>{}<|end_of_box|>", tokens=("<|begin_of_box|>", "<|end_of_box|>")),
         "minicpm": BoxFormat(
             box="<box>{x0} {y0} {x1} {y1}</box>",
             point="<point>{x0} {y0}</point>",
@@ -248,22 +271,24 @@ BOX_FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
             separator="",
             tokens=(*_REF_AND_BOX, "<point>", "</point>"),
         ),
-        "llava": BoxFormat(units=1.0, padded=True, decimals=2),
-        "fractions": BoxFormat(units=1.0, decimals=2),
     }
 )
-"""Every form, by the name that `data.boxes` gives it."""
+"""Every form, by the name that `data.boxes` gives it, with its source."""
 
 OF_PROCESSOR: Mapping[str, str] = MappingProxyType(
     {
-        "Qwen2VLProcessor": "qwen2",
-        "Qwen2_5_VLProcessor": "pixels",
+        "Gemma4Processor": "gemma4",
+        "Glm4vProcessor": "glm",
+        "Glm46VProcessor": "glm",
         "InternVLProcessor": "internvl",
+        "Lfm2VlProcessor": "lfm2",
         "PaliGemmaProcessor": "paligemma",
         "PieceProcessor": "llava",
-        "Glm4vProcessor": "glm",
-        "MiniCPMV4_6Processor": "minicpm",
-        "MiniCPMV4_7Processor": "minicpm",
+        "Qwen2VLProcessor": "qwen2",
+        "Qwen2_5OmniProcessor": "qwen2_5",
+        "Qwen2_5_VLProcessor": "qwen2_5",
+        "Qwen3OmniMoeProcessor": "qwen3",
+        "Qwen3VLProcessor": "qwen3",
     }
 )
 """Maps the classes of transformers' processors to the form that their models were taught; others get thousandths."""
