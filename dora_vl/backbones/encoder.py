@@ -37,7 +37,7 @@ from dora_vl.backbones.video_inputs import (
 )
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
-from dora_vl.data.objects import Box, Size, with_places
+from dora_vl.data.objects import Box, Size, place_of, with_places
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Encoded, Sample, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
@@ -366,6 +366,11 @@ class Encoder:
 
         return [replace(turn, text=with_places(turn.text, write)) for turn in turns]
 
+    def with_places(self, answer: str, sizes: Sequence[Size]) -> str:
+        """Returns what an answer says of its first picture as `data.objects` writes boxes; itself where it has none."""
+        boxes = self.boxes_in(answer, sizes[0]) if sizes else []
+        return place_of(boxes) if boxes else answer
+
     def boxes_in(self, answer: str, size: Size, image: int = 0) -> list[Box]:
         """Reads the boxes of an answer about a picture of this size, in fractions of it."""
         return self.boxes.read(answer, size, self.made, image)
@@ -406,7 +411,8 @@ class Encoder:
         seen = [_media_up_to(row.answers[-1], turns) if row.answers else (None, None) for row in rows]
         media = [(pictures[:images], videos[:clips]) for images, clips in seen]
         encoded = [self._process(row, *shown, sample) for row, shown in zip(rows, media, strict=True)]
-        return [replace(text, written=tuple(written)) for text in encoded] if written else encoded
+        sizes = tuple(picture.size for picture in pictures)
+        return [replace(text, sizes=sizes, written=tuple(written)) for text in encoded]
 
     def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> Encoded:
         """Encodes a text as the processor does, all its answers labelled."""

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import isfinite
 from typing import Any
 
@@ -88,6 +89,27 @@ def place_of(boxes: Sequence[Box]) -> str:
         about = {"label": box.label, "image": box.image, "confidence": box.confidence}
         entries.append(entry | {name: value for name, value in about.items() if value not in ("", 0, None)})
     return f"<objects>{json.dumps(entries, ensure_ascii=False)}</objects>"
+
+
+def asks_for_boxes(example: Example) -> bool:
+    """Tells whether the right answer holds boxes."""
+    return any(PLACE.search(answer.text) for answer in example.answers)
+
+
+def matched(true: str, answer: str) -> list[float]:
+    """Returns the overlap of each true box with its own of the answer, and a zero for each that is left in either.
+
+    Boxes of one label are matched one to one, the largest overlap first; a true box without a label takes any.
+    """
+    ours, theirs = (list(chain.from_iterable(boxes_in(text))) for text in (answer, true))
+    pairs = [(iou(one, other), i, j) for i, one in enumerate(theirs) for j, other in enumerate(ours)
+             if one.label.casefold() in ("", other.label.casefold())]  # fmt: skip
+    overlaps, used = [], set[tuple[str, int]]()
+    for share, i, j in sorted(pairs, key=lambda pair: -pair[0]):
+        if share > 0 and used.isdisjoint({("true", i), ("answer", j)}):
+            used |= {("true", i), ("answer", j)}
+            overlaps.append(share)
+    return overlaps + [0.0] * (max(len(ours), len(theirs)) - len(overlaps))
 
 
 _CORNERS = {"box": 4, "point": 2, "box_px": 4, "point_px": 2}

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.data.example import Example
+from dora_vl.data.objects import Size
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.data.table import ExampleTable
 from dora_vl.data.turns import Clip, Turn
@@ -51,8 +52,8 @@ class Encoded:
     family that counts along several axes. `media` says which pictures and videos it shows, `answers` the numbers of
     those that it trains; `others` train the rest, each a row of the same conversation as it was when it was asked, or
     are other answers to the same question. `weight` says how much its labels count; an answer below 0 is rejected, and
-    one that is `exchanged` is the preferred one under other pictures. `written` are its turns as the family writes the
-    boxes in them, where they hold any.
+    one that is `exchanged` is the preferred one under other pictures. `sizes` are those of its pictures, and
+    `written` its turns as the family writes the boxes in them, where they hold any.
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -68,6 +69,7 @@ class Encoded:
     others: tuple[Encoded, ...] = ()
     weight: float = 1.0
     exchanged: bool = False
+    sizes: tuple[Size, ...] = ()
     written: tuple[Turn, ...] = ()
 
     def own_positions(self) -> Int[Tensor, "axes seq"]:

@@ -25,6 +25,7 @@ from dora_vl.backbones.generation import NO_TOKEN, NOT_YET_A_CHARACTER, NotFinit
 from dora_vl.backbones.model import check_packing
 from dora_vl.data.columns import Packing
 from dora_vl.data.example import Example
+from dora_vl.data.objects import asks_for_boxes
 from dora_vl.data.samples import ALIGNED, BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
@@ -192,7 +193,10 @@ class Assistant:
             if once is not None:
                 samples = once.replace_pixels(samples)
             texts = self.answers(self.begin_batch(samples), max_new_tokens=decoding.max_new_tokens) if samples else []
-            answered = [prediction(example, text) for example, text in zip(batch_examples, texts, strict=True)]
+            answered = list[Prediction]()
+            for example, sample, text in zip(batch_examples, samples, texts, strict=True):
+                boxes = self.encoder.with_places(text, sample.sizes) if text and asks_for_boxes(example) else ""
+                answered.append(prediction(example, text, boxes=boxes))
             yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
 
     def begin_batch(self, samples: Sequence[Sample]) -> Mapping[str, Any]:

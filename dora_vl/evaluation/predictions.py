@@ -24,7 +24,7 @@ from dora_vl.errors import UserError, short_names, short_repr
 log = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
-COLUMNS = ("set", "id", "images", "videos", "question", "truth", "prediction", "kind")
+COLUMNS = ("set", "id", "images", "videos", "question", "truth", "prediction", "boxes", "kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Prediction:
         set: the name of the test set; another tool's file names none.
         question: its text without placeholders; in another tool's file its prompt.
         prediction: the answer; it is empty without an error only where the model ended its answer at once.
+        boxes: the answer's, in fractions of the picture (`data.objects`), where its question asks for some.
         error: why there is no answer. No file holds such a prediction, so that the next run asks again.
         ids: everything in a row of another tool's file that names a question or its picture, by column.
         is_number: the other tool's file has a whole number, which VALUE's submissions have for a choice.
@@ -47,6 +48,7 @@ class Prediction:
     question: str = ""
     truth: str = ""
     prediction: str = ""
+    boxes: str = ""
     kind: str | None = None
     error: str = ""
     cut_tokens: int = 0
@@ -74,8 +76,8 @@ class Predictions:
 
     @cached_property
     def answers(self) -> dict[str, str]:
-        """Maps an example's id to its answer."""
-        return {prediction.id: prediction.prediction for prediction in self.answered if not prediction.error}
+        """Maps an example's id to its answer, to its boxes where these were asked for."""
+        return {each.id: each.boxes or each.prediction for each in self.answered if not each.error}
 
 
 def line_of(prediction: Prediction) -> str:

@@ -143,7 +143,9 @@ class Predictor(Protocol):
         ...
 
 
-def prediction(example: Example, answer: str | None, error: str = "", *, cut_tokens: int = 0) -> Prediction:
+def prediction(
+    example: Example, answer: str | None, error: str = "", *, boxes: str = "", cut_tokens: int = 0
+) -> Prediction:
     """Makes the record of an example's answer, or of the error that left it without one."""
     return Prediction(
         id=example.id,
@@ -152,6 +154,7 @@ def prediction(example: Example, answer: str | None, error: str = "", *, cut_tok
         question=text_asked(example),
         truth=example.answers[0].text if example.answers else "",
         prediction="" if answer is None else answer.strip(),
+        boxes=boxes,
         kind=kind_of(example),
         error=error or (NOT_FINITE_SCORES if answer is None else ""),
         cut_tokens=cut_tokens,

@@ -19,9 +19,10 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families.formats import PROMPTS
 from dora_vl.data.columns import Columns
 from dora_vl.data.example import Answer, Example, iterate_examples
+from dora_vl.data.objects import asks_for_boxes, boxes_in
 from dora_vl.data.table import ExampleTable
 from dora_vl.data.video import VideoReader
-from dora_vl.errors import SettingError, UserError
+from dora_vl.errors import SettingError, UserError, short_repr
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.baselines import UNTRAINED, ComparisonAnswers, draw_sample, right_text
 from dora_vl.evaluation.forgetting import compare_abilities, forgetting_lines, try_measure
@@ -43,8 +44,9 @@ from dora_vl.evaluation.questions import (
     text_asked,
     unread,
 )
-from dora_vl.evaluation.scores.benchmark import NO_ANSWER
+from dora_vl.evaluation.scores.benchmark import NO_ANSWER, Scorer
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score, commonsense_score, extracted, final_answer
+from dora_vl.evaluation.scores.exact import SCORINGS as BY_NAME
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import in_units
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, refuse_unscored
@@ -118,12 +120,24 @@ def _set_of_file(evaluation: EvaluationConfig, media: MediaReader, columns: Colu
         not_scored=bare,
         decoding=Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
         media=media,
-        score=partial(exact_match, answer_after=after) if len(bare) < len(examples) else None,
+        score=_scorer_of(file, examples, after) if len(bare) < len(examples) else None,
         truth=lambda example: final_answer(right_text(example), after),
         compared=lambda example, text: final_answer(text, after),
         settings=depends_on,
         about={"file": evaluation.file, "answer_after": after},
     )
+
+
+def _scorer_of(file: Path, examples: Sequence[Example], answer_after: str | None) -> Scorer:
+    """Returns what compares answers: equality, or the overlap of boxes, whose questions stand by themselves."""
+    if not any(map(asks_for_boxes, examples)):
+        return partial(exact_match, answer_after=answer_after)
+    for example in examples:
+        boxes = [box for answer in example.answers for of_place in boxes_in(answer.text) for box in of_place]
+        if example.answers and (not boxes or any(box.in_pixels for box in boxes)):
+            what = "in pixels; write fractions of the picture" if boxes else "none; test questions about places apart"
+            raise UserError(f"{file}: others' right answers hold boxes, those of {short_repr(example.id)} are {what}")
+    return BY_NAME["box"]
 
 
 def _without_truth(examples: Sequence[Example]) -> dict[str, str]:
@@ -194,6 +208,7 @@ def check_test(config: RunConfig) -> list[Example]:
     """Reads the examples of `evaluation.file` before a run trains: a mistake shows now and not after hours."""
     test = config.evaluation
     examples, _ = read_questions(Path(str(test.file)), test.limit, config.data.column_settings)
+    _scorer_of(Path(str(test.file)), examples, test.answer_after)
     images = (path for example in examples for path in example.images)
     root = image_folder(config.data, test.image_folder).root
     check_pictures(images, root, setting="evaluation.image_folder (or data.image_folder)")

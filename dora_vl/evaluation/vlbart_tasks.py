@@ -21,6 +21,7 @@ from dora_vl.backbones.pieces import Prompt, Seq2SeqEncoder
 from dora_vl.backbones.vision_store import FeatureReader, check_features, feature_paths, features_of
 from dora_vl.data.batches import SAMPLES, WEIGHTS
 from dora_vl.data.example import Example, right_choice
+from dora_vl.data.objects import asks_for_boxes
 from dora_vl.data.samples import IGNORED_LABEL, Skipped
 from dora_vl.errors import BadSample, short_repr
 from dora_vl.evaluation.scores import caption, vqa
@@ -112,6 +113,8 @@ def make_sample(
 ) -> Seq2SeqSample:
     """Makes an example's tensors; without a target, as it is asked."""
     _check_kind(example, subtask)
+    if asks_for_boxes(example):
+        raise BadSample(example.id, "its answer holds boxes, which a VL-BART does not write")
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
     if target is None:

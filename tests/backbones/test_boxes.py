@@ -168,3 +168,21 @@ def test_iou_is_the_area_counted_in_cells() -> None:
 
 def test_the_table_names_forms() -> None:
     assert {*OF_PROCESSOR.values()} <= {*BOX_FORMATS}
+
+
+def test_the_page_shows_what_each_form_writes() -> None:
+    page = Path("docs/data.md").read_text(encoding="utf-8")
+    box = Box((400.0, 600.0, 2000.0, 1500.0), "dog", in_pixels=True).in_fractions((4000, 3000))
+    rows = dict[str, list[str]]()
+    for processor, name in OF_PROCESSOR.items():
+        rows.setdefault(BOX_FORMATS[name].write([box], [(4000, 3000)], lambda _: (1148, 868)), []).append(
+            "LLaVA-1.5" if processor == "PieceProcessor" else f"`{processor}`"
+        )
+    lines = [f"| {', '.join(names)} | {shown(text)} |" for text, names in rows.items()]
+    assert "\n".join(lines) in page, "\n".join(lines)
+
+
+def shown(text: str) -> str:
+    """Writes a text on one line of a table."""
+    line = text.removeprefix("```json\n").removesuffix("\n```").replace("\n", "").replace("\t", "").replace("  ", "")
+    return f"`{line}`".replace("|", "\\|")

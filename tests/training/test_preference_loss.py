@@ -312,6 +312,7 @@ def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **set
     )
     return Rollouts(
         source=source,
+        encoder=encoder,
         device=torch.device("cpu"),
         collate=replace(encoder.collate, packing=packing, keeps_samples=True),
         example_of=lambda index: EXAMPLES[index],

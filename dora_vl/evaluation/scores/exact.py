@@ -13,6 +13,7 @@ from typing import Literal
 from unicodedata import normalize
 
 from dora_vl.data.example import Example, right_choice
+from dora_vl.data.objects import PLACE, matched
 from dora_vl.evaluation.scores import caption
 from dora_vl.evaluation.scores.benchmark import (
     Benchmark,
@@ -219,7 +220,10 @@ def box_of(text: str) -> tuple[float, ...]:
 
 
 def overlap(answer: str, true: str) -> float:
-    """Computes the intersection of two boxes over their union."""
+    """Computes the intersection of two boxes over their union; of several, the mean over all that either has."""
+    if PLACE.search(true):
+        shares = matched(true, answer)
+        return sum(shares) / len(shares)
     if not (box := box_of(answer)) or not (true_box := box_of(true)):
         return 0.0
     shared = prod(max(0.0, min(box[end], true_box[end]) - max(box[end - 2], true_box[end - 2])) for end in (2, 3))

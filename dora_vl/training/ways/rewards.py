@@ -107,6 +107,7 @@ class Rewards(Way):
             source = VllmAnswers.of(opened, backbone, never)
         return Rollouts(
             source=source,
+            encoder=opened.encoder,
             device=arguments.device,
             collate=cast(Collator, data.collate),
             example_of=opened.samples.example_of,

@@ -13,9 +13,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.generation import TokenDrawer, end_tokens
 from dora_vl.data.batches import Collator, with_answer
 from dora_vl.data.example import Example
+from dora_vl.data.objects import Size, asks_for_boxes
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped, sample_random
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.assistant import Assistant, cut_prompt
@@ -146,6 +148,7 @@ class Rollouts:
     micro-batch only, so that a resumed run draws the same.
 
     Attributes:
+        encoder: reads the boxes of answers.
         example_of: finds a training sample's example by its index.
         rewards: functions by name; `weights` says how much each counts.
         group: the number of answers drawn to each question.
@@ -153,6 +156,7 @@ class Rollouts:
     """
 
     source: AnswerSource
+    encoder: Encoder
     device: torch.device
     collate: Collator
     example_of: Callable[[int], Example | BadSample]
@@ -185,7 +189,7 @@ class Rollouts:
         groups, points, error = list[Group](), dict[str, Tensor](), None
         try:
             groups = [group for number, items in enumerate(samples) for group in self._drawn(items, step, number)]
-            points = self._points(examples, groups)
+            points = self._points(examples, groups, [sample.sizes for items in samples for sample in items])
         except UserError as mistake:
             error = mistake
         if errors := [message for message in gather_from_ranks(error and str(error)) if message is not None]:
@@ -236,11 +240,15 @@ class Rollouts:
         return self.source.draw(samples, self.group, seed)
 
     def _points(
-        self, examples: Sequence[Example], groups: Sequence[Group]
+        self, examples: Sequence[Example], groups: Sequence[Group], sizes: Sequence[Sequence[Size]]
     ) -> dict[str, Float[Tensor, "prompts group"]]:
         """Gives all answers of the step their rewards, by name; NaN where one does not apply."""
         asked = [example for example, group in zip(examples, groups, strict=True) for _ in group]
-        texts = [answer.text for group in groups for answer in group]
+        texts = [
+            self.encoder.with_places(answer.text, of_pictures) if asks_for_boxes(example) else answer.text
+            for example, group, of_pictures in zip(examples, groups, sizes, strict=True)
+            for answer in group
+        ]
         return {name: torch.tensor(reward(asked, texts)).view(-1, self.group) for name, reward in self.rewards.items()}
 
     def _write(
