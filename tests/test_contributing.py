@@ -62,6 +62,7 @@ def test_what_the_page_adds_works_as_printed(tree: Path) -> None:
     checked(tree, "tests/contributing_checks.py")
 
 
+@pytest.mark.slow
 def test_the_family_s_lines_stand_in_the_code_and_are_needed(tree: Path) -> None:
     shown = dict(diffs())
     texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in THERE}

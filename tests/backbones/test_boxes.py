@@ -20,7 +20,10 @@ from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import write_tiny_llava
 
 SIZES = ((57, 31), (640, 480), (333, 1000), (2000, 60), (1920, 1080), (4000, 3000))
-TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "paligemma", "glm4v", "smolvlm", "gemma3")
+TYPES = (
+    *("llava", "qwen2_5_vl", "internvl"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen3_vl", "paligemma", "glm4v", "smolvlm")),
+)
 
 
 def drawn(seed: int, count: int, *, labelled: bool, points: bool = False) -> list[Box]:

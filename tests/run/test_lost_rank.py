@@ -28,7 +28,7 @@ FULL = pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "seconds"),
     [
-        ("kill", 3),
+        pytest.param("kill", 3, marks=FULL),
         pytest.param("raise", 5, marks=FULL),
         pytest.param("sleep", LIMIT + 8, marks=FULL),
         pytest.param("stop", LIMIT + 33, marks=FULL),  # it hears no SIGTERM: the launcher kills it after 30 s

@@ -147,6 +147,7 @@ def stated(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_fit_is_refused_before_training(stated, tmp_path, monkeypatch) -> None:
     tiny = write_tiny_llava(tmp_path / "base")
     monkeypatch.setattr(Answer, "root", "another/base")
