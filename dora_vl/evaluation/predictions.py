@@ -24,7 +24,9 @@ from dora_vl.errors import UserError, short_names, short_repr
 log = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
-COLUMNS = ("set", "id", "images", "videos", "question", "truth", "prediction", "boxes", "kind")
+COLUMNS = ("set", "id", "images", "videos", "question", "truth", "prediction", "kind")
+BOXES = "boxes"
+"""A line has this too where its question asks for boxes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,8 @@ class Predictions:
 
 def line_of(prediction: Prediction) -> str:
     """Returns the prediction as a line of the file."""
-    return json.dumps({name: getattr(prediction, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
+    names = (*COLUMNS, BOXES) if prediction.boxes else COLUMNS
+    return json.dumps({name: getattr(prediction, name) for name in names}, ensure_ascii=False) + "\n"
 
 
 def cut_broken_tail(path: Path) -> None:
@@ -106,7 +109,7 @@ def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
     try:
         for number, record in json_lines(path, "predictions"):
             name, answer = record.get("id"), record.get("prediction")
-            if not isinstance(name, str) or not isinstance(answer, str) or record.keys() - {*COLUMNS}:
+            if not isinstance(name, str) or not isinstance(answer, str) or record.keys() - {*COLUMNS, BOXES}:
                 raise UserError(f"{path}, line {number}: not a prediction (text as id and prediction, only {COLUMNS})")
             prediction = Prediction(**record)  # pyright: ignore[reportArgumentType] - our own file
             predictions.setdefault(prediction.set, {})[name] = prediction
@@ -210,7 +213,7 @@ def _read_record(record: object, where: str) -> Prediction:
         keys = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
         raise UserError(f"{where}: needs {keys}; has {short_names(record)}")
     prompt = next((value for key in ("prompt", "question") if isinstance(value := record.get(key), str)), "")
-    of_set = str(record["set"]) if record.keys() == {*COLUMNS} else ""
+    of_set = str(record["set"]) if record.keys() - {BOXES} == {*COLUMNS} else ""
     return Prediction(id=ids[id_key], set=of_set, ids=ids, prediction=answer, question=prompt)
 
 
