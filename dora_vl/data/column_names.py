@@ -47,6 +47,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "rejected": ("rejected", "rejected_response", "rejected_messages"),
     "judged": ("kto_tag", "label", "desirable"),
     "tools": ("tools",),
+    "objects": ("objects",),
+    "bbox_type": ("bbox_type",),
     "chat_template_kwargs": ("chat_template_kwargs",),
     "turns": ("turns",),
     "answers": ("answers",),

@@ -50,7 +50,8 @@ Packing = Literal["trees", "packed", "plain"]
 """Says how samples are laid out in a batch's rows; see `data.packing`."""
 
 
-EVERYWHERE = ("id", "images", "videos", "start_seconds", "end_seconds", "system", TOOLS, KWARGS)
+EVERYWHERE = ("id", "images", "videos", "start_seconds", "end_seconds", "system", TOOLS, KWARGS, "objects")
+EVERYWHERE += ("bbox_type",)
 """Rows of every format may have these roles."""
 NAMES = {role: (role,) for form in FORMATS for role in (*form.needs, *form.uses)} | dict(ROLES)
 """Maps each role to its columns' names; a role that `ROLES` does not have is a column of its own name."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from dora_vl.data.column_names import MEDIUM, OF_VIDEO, UNREAD, Row, is_empty, lost_content, moment_of, parsed
 from dora_vl.data.example import Example
+from dora_vl.data.formats.grounded import Objects
+from dora_vl.data.objects import boxes_in
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import (
     CALLS,
@@ -97,6 +99,7 @@ def read_conversation(messages: Sequence[object], row: Row) -> Example:
     sample_id, conversation = str(row["id"]), _Conversation(row)
     for number, message in enumerate(messages, 1):
         conversation.add(message, number)
+    conversation.objects.check_taken()
     turns = conversation.turns
     if not is_empty(row.get("system")):
         system = Turn("system", as_text(row["system"], "system"))
@@ -108,12 +111,29 @@ def read_conversation(messages: Sequence[object], row: Row) -> Example:
     images, (first_turn, *others) = arrange(conversation.all_images(), turns, videos)
     beside = _template_arguments(row, first_turn.text)
     arranged = (replace(first_turn, more=as_json(beside)) if beside else first_turn, *others)
+    _check_places(arranged, len(images))
     texts = (turn.text + turn.more for turn in arranged)
     try:
         "".join([sample_id, *images, *(clip.path for clip in videos), *texts]).encode()
     except UnicodeEncodeError:
         raise Unusable("its text holds half of a surrogate pair, which is not a character") from None
     return Example(sample_id, images, arranged, videos, image_bytes=conversation.image_bytes)
+
+
+WRONG_BOX = "a wrong box"
+_UNKNOWN = (1 << 30, 1 << 30)
+"""Stands for the size of a picture that nobody has opened."""
+
+
+def _check_places(turns: Sequence[Turn], pictures: int) -> None:
+    """Raises Unusable: a place of objects has one that no picture could hold."""
+    try:
+        for box in (box for turn in turns for boxes in boxes_in(turn.text) for box in boxes):
+            box.in_fractions(_UNKNOWN)
+            if not 0 <= box.image < pictures:
+                raise ValueError(f"the {box.named()} is of picture {box.image + 1}, and it has {pictures} pictures")
+    except ValueError as error:
+        raise Unusable(str(error), WRONG_BOX) from None
 
 
 class _Conversation:
@@ -131,6 +151,7 @@ class _Conversation:
         self._tagged = 0
         self.turns: list[Turn] = []
         self.clips: list[Clip] = []
+        self.objects = Objects(row)
         self.clips_left = [_read_clip(value, "videos") for value in _parts_of_videos(row)]
 
     def all_images(self) -> list[str]:
@@ -286,6 +307,7 @@ class _Conversation:
 
     def _words(self, text: str) -> str:
         """Returns the text, `<image>` for pictures that it names in tags; those beside take its places in order."""
+        text = self.objects.fill(text)
         if "<" not in text:
             return text
         plain = _TAGS.sub("", text)

@@ -208,7 +208,7 @@ def _yolo(path: Path) -> Iterator[Pictured]:
     """Reads class, centre x, centre y, width and height in fractions, a file a picture; a sixth is a confidence."""
     folder = path if path.is_dir() else path.parent
     known = _yolo_names(folder)
-    assert known is not None  # noqa: S101
+    assert known is not None
     classes, names = known
     pictures = {
         file.relative_to(folder).with_suffix("").as_posix(): file.relative_to(folder).as_posix()

@@ -199,6 +199,8 @@ def read_picture(content: bytes, path: str | None, most_pixels: int, decode: boo
     try:
         with opened_picture(source) as image:
             facts, (width, height) = {"format": image.format, "size": image.size}, image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            facts["shown"] = (height, width) if turned else (width, height)
         if width * height > most_pixels:
             raise TooManyPixels(f"has {width:,} x {height:,} pixels; {most_pixels:,} are left of those allowed")
         picture = load_picture(source) if decode or send else None

@@ -11,6 +11,7 @@ from dora_vl.data.columns import REPLIES, USUAL, Columns, ColumnsError, lists_re
 from dora_vl.data.conversation import UnreadKey, read_conversation
 from dora_vl.data.example import Example
 from dora_vl.data.formats.choices import CountedFromOne, written_in_python
+from dora_vl.data.formats.grounded import is_swift
 from dora_vl.data.formats.questions import distinct_texts
 from dora_vl.data.formats.row_format import Resolved
 from dora_vl.data.turns import Unusable
@@ -38,6 +39,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             raise BadSample(sample_id, f"its {short_names(nulls)} is null", kind)
         raise BadSample(sample_id, _no_format(fields))
     fields = {**fields, "id": sample_id}
+    _refuse_other_objects(resolved)
     _refuse_parts_of_one_answer(resolved)
     try:
         _refuse_python_lists(fields)
@@ -73,6 +75,14 @@ def _no_format(fields: Row) -> str:
 
 SEVERAL = ("answers", "caption", "captions", "description")
 """A column called so may list several right answers; of other columns only a list of votes, or of objects, is one."""
+
+
+def _refuse_other_objects(resolved: Resolved) -> None:
+    objects = resolved.fields.get("objects")
+    if not is_empty(objects) and not is_swift(objects):
+        column = resolved.column_of("objects")
+        problem = f"{column!r} would be left out: it is not ms-swift's object of 'ref' and 'bbox';"
+        raise ColumnsError(problem, Columns(ignored=(column,)))
 
 
 def _refuse_parts_of_one_answer(resolved: Resolved) -> None:
