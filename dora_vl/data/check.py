@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -14,14 +15,25 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from dora_vl.data.box_sheet import MOST, write_sheet
 from dora_vl.data.column_names import ROLES, Row, plain_name
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
 from dora_vl.data.containers import ENDINGS
+from dora_vl.data.conversation import WRONG_BOX
 from dora_vl.data.data_files import counted_splits, find_files, is_data_file, picture_folder, split_of, split_used
 from dora_vl.data.example import FIELDS, Example
 from dora_vl.data.formats.choices import CountedFromOne
 from dora_vl.data.formats.records import read_record
-from dora_vl.data.pictures import TRUNCATED, VIDEO_ENDINGS, MediaFolder, Trouble, decoding_trouble, path_inside
+from dora_vl.data.objects import PLACE, Box, boxes_in
+from dora_vl.data.pictures import (
+    TRUNCATED,
+    VIDEO_ENDINGS,
+    MediaFolder,
+    Trouble,
+    decoding_trouble,
+    path_inside,
+    picture_facts,
+)
 from dora_vl.data.readers import read_fields
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Role
 from dora_vl.data.video import no_video_reason
@@ -36,6 +48,7 @@ from dora_vl.errors import (
     short_text,
 )
 from dora_vl.files import NoRegularFile, open_regular
+from dora_vl.limited_process import JobFailed
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
 """A file that begins with the key is whole if its last bytes hold the value; this needs no decoding."""
@@ -51,6 +64,7 @@ class MediaCheck:
         self._folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
         self._decode = decode
         self.known: dict[str, Trouble | None] = {}
+        self._sizes: dict[str, tuple[int, int] | None] = {}
 
     def trouble(self, name: str, content: bytes | None = None, video: bool = False) -> Trouble | None:
         """Returns what is wrong with a file, or a picture whose `content` the data file holds; None: nothing.
@@ -61,6 +75,21 @@ class MediaCheck:
             memory = BytesIO(content or b"")
             self.known[name] = self._look(name, video) if content is None else self._picture(memory, memory)
         return self.known[name]
+
+    def size(self, name: str, content: bytes | None = None) -> tuple[int, int] | None:
+        """Returns the sides of a picture as it is shown; None where it cannot be read."""
+        if name not in self._sizes:
+            try:
+                source = path_inside(self._folder, name) if content is None else BytesIO(content)
+                width, height = picture_facts(source, decode=False)["shown"]
+                self._sizes[name] = (int(width), int(height))
+            except (BadSample, JobFailed):
+                self._sizes[name] = None
+        return self._sizes[name]
+
+    def path(self, name: str) -> Path:
+        """Returns where a picture is."""
+        return path_inside(self._folder, name)
 
     def _look(self, name: str, video: bool) -> Trouble | None:
         try:
@@ -108,7 +137,8 @@ LEFT_OUT = "columns left out"  # a run would refuse these rows for a column
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
 EMPTY_AS_TEXT = 'an answer "nan" or "null"'
 GREETING = "an opening turn of the assistant, which is not trained"
-DOUBTS = (NO_PICTURE, EMPTY_QUESTION, EMPTY_AS_TEXT, GREETING, CONTRADICTION)
+SMALL_BOX, PIXELS_IN_TEXT = "a box under two pixels", "numbers in a text that look like a box's pixels"
+DOUBTS = (NO_PICTURE, EMPTY_QUESTION, EMPTY_AS_TEXT, GREETING, CONTRADICTION, SMALL_BOX, PIXELS_IN_TEXT)
 """A run trains on samples with these problems, and warns."""
 SEVERAL_ANSWERS = "several right answers: in {:,} rows; the most frequent is trained on, the test counts each"
 
@@ -132,6 +162,15 @@ class Finding:
         return f"{self.problem}: {self.count:,} samples ({ids}{', ...' if self.count > SHOWN_IDS else ''})"
 
 
+_FOUR = re.compile(r"(?<![\[\w])\[" + r"\s*,\s*".join([r"\s*(\d+(?:\.\d+)?)"] * 4) + r"\s*\](?!\])")
+"""Families write their own numbers in marks or in two brackets."""
+
+
+def _has_pixels(text: str) -> bool:
+    boxes = (tuple(map(float, numbers)) for numbers in _FOUR.findall(PLACE.sub("", text)))
+    return any(x0 < x1 and y0 < y1 and max(x1, y1) > 1 for x0, y0, x1, y1 in boxes)
+
+
 def find_doubts(row: Row, example: Example, form: str | None, columns: Columns) -> list[str]:
     """Returns what is probably a mistake in a usable row: an empty cell for its picture, question or answer.
 
@@ -151,6 +190,8 @@ def find_doubts(row: Row, example: Example, form: str | None, columns: Columns) 
         doubts.append(EMPTY_QUESTION)
     if any(text.strip().lower() in ("nan", "null") for text in _texts_of(example, "assistant")):
         doubts.append(EMPTY_AS_TEXT)  # as other programs write an empty cell, though it may be the answer
+    if example.images and any(map(_has_pixels, _texts_of(example, "assistant"))):
+        doubts.append(PIXELS_IN_TEXT)
     return doubts
 
 
@@ -196,6 +237,8 @@ class FileCheck:
     uses: list[Mapping[str, str]] = field(default_factory=list, init=False)
     formats: dict[str, str] = field(default_factory=dict, init=False)
     """Maps each format to its first row."""
+    drawn: list[tuple[Path, list[Box]]] = field(default_factory=list, init=False)
+    """The first pictures with boxes, in fractions."""
     remedy: str = field(default="", init=False)
     """Says which options settle the first row that a column made unusable."""
     _ids: set[str] = field(default_factory=set, init=False)
@@ -284,6 +327,7 @@ class FileCheck:
             if trouble is not None:
                 usable = False
                 self._add(trouble.kind, sample_id, f"{name}: {trouble.detail}")
+        usable &= self._check_boxes(example)
         words, shown_media, answer_text = question_and_answer(example)
         key = hash((words, shown_media))
         if words or shown_media:
@@ -293,6 +337,30 @@ class FileCheck:
             if hash(answer_text) != first:
                 self._add(CONTRADICTION, sample_id, f"{name} has another answer")
         return usable
+
+    def _check_boxes(self, example: Example) -> bool:
+        """Checks that boxes are inside their pictures, where these are there; returns whether all are."""
+        boxes = [box for turn in example.turns for place in boxes_in(turn.text) for box in place]
+        if not boxes or self.media is None:
+            return True
+        inside: dict[str, list[Box]] = {}
+        for box in boxes:
+            name = example.images[box.image]
+            if (size := self.media.size(name, example.image_bytes.get(name))) is None:
+                continue
+            try:
+                box = box.in_fractions(size)
+            except ValueError as error:
+                self._add(WRONG_BOX, example.id, str(error))
+                return False
+            sides = box.pixels(size)
+            if len(sides) == 4 and min(sides[2] - sides[0], sides[3] - sides[1]) < 2:
+                self._add(SMALL_BOX, example.id, f"{box.named()} of {size[0]} x {size[1]} pixels")
+            if name not in example.image_bytes:
+                inside.setdefault(name, []).append(box)
+        if len(self.drawn) < MOST:
+            self.drawn += [(self.media.path(name), each) for name, each in inside.items()]
+        return True
 
     def _check_length(self, sample_id: str, texts: Sequence[str]) -> None:
         if self.longest is None:
@@ -329,6 +397,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; not checked if left out")
     add("--videos", type=Path, metavar="FOLDER", help="the root of videos, where it is another")
     add("--follow-links", action="store_true", help="files may be links out of those folders")
+    add("--sheet", type=Path, metavar="PNG", help="draws the boxes of the first pictures; with --media")
     add("--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside")
     add("--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; without it words are counted")
     add_columns(parser)
@@ -354,6 +423,8 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Checks the files; yields the lines to print, and ends with status 1 if anything was found."""
     files = data_files(arguments.paths)
+    if arguments.sheet and not arguments.media:
+        raise UserError("--sheet draws boxes on pictures: say by --media FOLDER where these are")
     media, videos = (_media_check(arguments, option) for option in ("media", "videos"))
     columns = columns_of(arguments)
     tokens = None if arguments.tokenizer is None else _tokens(arguments.tokenizer)
@@ -377,6 +448,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             yield f"{short_text(file.name, 120)}: {SEVERAL_ANSWERS.format(check.with_several_answers)}"
     if unmet := columns.missing_column(chain.from_iterable(check.uses for check in checks)):
         raise UserError(unmet)
+    if arguments.sheet:
+        if not (drawn := [each for check in checks for each in check.drawn]):
+            raise UserError(f"--sheet {arguments.sheet}: no sample has boxes in a picture that is there")
+        write_sheet(drawn, arguments.sheet)
+        yield f"{arguments.sheet}: the boxes of {min(MOST, len(drawn))} pictures"
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in combinations(checks, 2):  # samples that ask the same of the same media in both files
         shared = Finding(problem=f"also in {second.path.name}")

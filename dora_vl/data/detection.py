@@ -19,6 +19,7 @@ import yaml
 
 from dora_vl.data.column_names import ROLES, parsed, plain_name
 from dora_vl.data.data_files import DataFiles, find_files
+from dora_vl.data.formats.grounded import UNITS
 from dora_vl.data.objects import Box, Size, place_of
 from dora_vl.data.text_file import json_of, stream_records, whole_text
 from dora_vl.errors import UserError, short_names, short_repr
@@ -250,7 +251,7 @@ def _label_studio(path: Path) -> Iterator[Pictured]:
         if "data" in task:
             done: Any = [each for each in task.get("annotations") or task.get("completions") or [] if _is_kept(each)]
             results = [
-                {**_of(each, ("value",), where)[0], **{k: each[k] for k in each if k.startswith("original_")}}
+                _of(each, ("value",), where)[0]
                 for each in (done[-1].get("result") or [] if done else [])
                 if each.get("type", "rectanglelabels") == "rectanglelabels"
             ]
@@ -306,7 +307,6 @@ _AS_CORNERS = (
 )
 _AS_SIZE = ("x y w h", "x y width height", "left top width height", "bbox_x bbox_y bbox_width bbox_height")
 _IN_ONE = ("bbox", "box")
-_UNITS: Mapping[str, float] = {"real": 0, "norm1": 1, "norm1000": 1000}
 _LABELS = ("label", "class", "name", "category", "class_name", "label_name", "text", "caption", "ref")
 
 
@@ -349,11 +349,11 @@ def _table(path: Path) -> Iterator[Pictured]:
         sizes.append(_size(row[by_name["width"]], row[by_name["height"]], where) if has_size else None)
     unit, form = (_said(path, rows, by_name, name) for name in ("bbox_type", "bbox_form"))
     unit = unit or _unit_of(path, boxes, sizes)
-    form = named or form or _form_of(path, boxes, sizes, _UNITS[unit])
+    form = named or form or _form_of(path, boxes, sizes, UNITS[unit])
     pictures: dict[str, Pictured] = {}
     for (line, row), box, size in zip(rows, boxes, sizes, strict=True):
         corners = (_by_size if form == "xywh" else _corners)(box, f"{path}, line {line}")
-        share = _UNITS[unit]
+        share = UNITS[unit]
         corners = tuple(corner / share for corner in corners) if share else corners
         name = str(row[image])
         picture = pictures.setdefault(name, Pictured(name, size=size))
@@ -361,7 +361,7 @@ def _table(path: Path) -> Iterator[Pictured]:
     yield from pictures.values()
 
 
-_SAYS: Mapping[str, Sequence[str]] = {"bbox_type": [*_UNITS], "bbox_form": ["xyxy", "xywh"]}
+_SAYS: Mapping[str, Sequence[str]] = {"bbox_type": [*UNITS], "bbox_form": ["xyxy", "xywh"]}
 
 
 def _said(path: Path, rows: Sequence[tuple[int, Mapping[str, object]]], by_name: Mapping[str, str], name: str) -> str:
@@ -388,8 +388,8 @@ def _unit_of(path: Path, boxes: Sequence[Sequence[float]], sizes: Sequence[Size 
     if outside:
         return "norm1000"
     raise UserError(
-        f"{path}, line 2: {[*boxes[0]]} may be pixels or thousandths; which? Add a column bbox_type with real (pixels), "
-        "norm1000 or norm1 (fractions) in every row"
+        f"{path}, line 2: {[*boxes[0]]} may be pixels or thousandths; which? Add a column bbox_type with real, "
+        "norm1000 or norm1 (pixels, thousandths, fractions) in every row"
     )
 
 

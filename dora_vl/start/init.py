@@ -25,7 +25,9 @@ from dora_vl.data.check import DOUBTS, SEVERAL_ANSWERS, FileCheck, MediaCheck, a
 from dora_vl.data.column_names import holds_media
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, column_lines
 from dora_vl.data.data_files import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked, split_of
+from dora_vl.data.detection import annotated_pictures
 from dora_vl.data.example import Example
+from dora_vl.data.objects import PLACE, in_fractions
 from dora_vl.data.pictures import MediaFolder, path_inside, picture_facts, save_picture
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, KWARGS, SPEAKERS, TOOLS, VIDEO_PLACEHOLDER
@@ -86,7 +88,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
     to, replaces = _target(arguments)
     columns = columns_of(arguments)
-    records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
+    records: DataFiles | None = annotated_pictures(arguments.questions or folder, columns.ask)
+    if records is None:
+        records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
     if isinstance(records, PictureFolder):
         if others := [path.name for path in data_files(folder)]:
             yield f"no questions in {short_names(others)}: left out"
@@ -573,11 +577,26 @@ def _usable(
             }
             names = {name: saved.get(name, name) for name in UsableRow(conversation=conversation).media}
             conversation = _with_media(conversation, names)
+        conversation = _boxes_in_fractions(conversation, check, example.images, record)
     except BadSample as error:
         check.check(error)
         return None
     kind = record.get("kind")
     return UsableRow(conversation=conversation, kind=kind if isinstance(kind, str) and kind else None)
+
+
+def _boxes_in_fractions(
+    conversation: Example, check: FileCheck, names: Sequence[str], record: Mapping[str, object]
+) -> Example:
+    """Returns an example whose boxes are fractions; raises BadSample: they are pixels of a picture of another size."""
+    if check.media is None or not any("_px" in turn.text and PLACE.search(turn.text) for turn in conversation.turns):
+        return conversation
+    sizes = [check.media.size(name, conversation.image_bytes.get(name)) or (0, 0) for name in names]
+    said = (record.get("width"), record.get("height"))
+    if len(sizes) == 1 and all(isinstance(side, int) for side in said) and said != sizes[0]:
+        (width, height), (w, h) = said, sizes[0]
+        raise BadSample(conversation.id, f"its boxes are of {width} x {height} pixels, and its picture has {w} x {h}")
+    return in_fractions(conversation, sizes)
 
 
 class FileNames(dict[str, str]):
