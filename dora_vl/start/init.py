@@ -88,9 +88,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
     to, replaces = _target(arguments)
     columns = columns_of(arguments)
-    records: DataFiles | None = annotated_pictures(arguments.questions or folder, columns.ask)
-    if records is None:
-        records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
+    records = _records(folder, arguments.questions, columns)
     if isinstance(records, PictureFolder):
         if others := [path.name for path in data_files(folder)]:
             yield f"no questions in {short_names(others)}: left out"
@@ -124,6 +122,13 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         if base.is_llava and summary.pictures.keys:
             yield from _probe_base(to / RUN_FILE)
     yield f"\nnext:  {start}"
+
+
+def _records(folder: Path, questions: Path | None, columns: Columns) -> DataFiles:
+    """Returns the annotations or questions that are named, or that a folder holds."""
+    if annotated := annotated_pictures(questions or folder, columns.ask):
+        return annotated
+    return find_files(questions) if questions else find_questions(folder, columns)
 
 
 def _keep_other_files(to: Path, staging: Path) -> None:
