@@ -423,8 +423,6 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Checks the files; yields the lines to print, and ends with status 1 if anything was found."""
     files = data_files(arguments.paths)
-    if arguments.sheet and not arguments.media:
-        raise UserError("--sheet draws boxes on pictures: say by --media FOLDER where these are")
     media, videos = (_media_check(arguments, option) for option in ("media", "videos"))
     columns = columns_of(arguments)
     tokens = None if arguments.tokenizer is None else _tokens(arguments.tokenizer)
@@ -449,10 +447,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     if unmet := columns.missing_column(chain.from_iterable(check.uses for check in checks)):
         raise UserError(unmet)
     if arguments.sheet:
-        if not (drawn := [each for check in checks for each in check.drawn]):
-            raise UserError(f"--sheet {arguments.sheet}: no sample has boxes in a picture that is there")
-        write_sheet(drawn, arguments.sheet)
-        yield f"{arguments.sheet}: the boxes of {min(MOST, len(drawn))} pictures"
+        yield _draw(checks, arguments.sheet)
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in combinations(checks, 2):  # samples that ask the same of the same media in both files
         shared = Finding(problem=f"also in {second.path.name}")
@@ -469,6 +464,15 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     yield from (f"{check.path.name}: {check.remedy}" for check in checks if check.remedy)
     yield f"{summary}: {sum(finding.count for _, finding in findings):,} problems"
     raise SystemExit(1)
+
+
+def _draw(checks: Sequence[FileCheck], to: Path) -> str:
+    """Draws the boxes of the first pictures; returns the line that says so."""
+    drawn = [each for check in checks for each in check.drawn]
+    if not drawn:
+        raise UserError(f"--sheet {to}: no sample has boxes in a picture that is there; --media FOLDER says where")
+    write_sheet(drawn, to)
+    return f"{to}: the boxes of {min(MOST, len(drawn))} pictures"
 
 
 def _media_check(arguments: argparse.Namespace, option: str) -> MediaCheck | None:

@@ -71,10 +71,11 @@ def _of(value: object, names: Sequence[str], where: str) -> list[Any]:
 
 def _by_size(values: Iterable[object], where: str) -> tuple[float, ...]:
     """Returns the corners of a box that is written as left, top, width, height."""
-    x, y, *sides = _numbers(values, where)
-    if len(sides) != 2 or min(sides) <= 0:
-        raise UserError(f"{where}: a box is left, top, width, height, both sides above 0, got {[x, y, *sides]}")
-    return x, y, x + sides[0], y + sides[1]
+    numbers = _numbers(values, where)
+    if len(numbers) != 4 or min(numbers[2:]) <= 0:
+        raise UserError(f"{where}: a box is left, top, width, height, both sides above 0, got {numbers}")
+    x, y, width, height = numbers
+    return x, y, x + width, y + height
 
 
 def _corners(values: Iterable[object], where: str) -> tuple[float, ...]:
