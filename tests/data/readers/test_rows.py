@@ -34,6 +34,7 @@ from dora_vl.data.containers import hub_rows
 from dora_vl.data.data_files import find_files
 from dora_vl.data.example import Example
 from dora_vl.data.formats.choices import CountedFromOne
+from dora_vl.data.formats.grounded import GROUNDED
 from dora_vl.data.formats.table import FORMATS
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
@@ -362,7 +363,7 @@ def test_each_row_of_the_documentation_is_the_same_sample(line: str) -> None:
 
 def test_the_documentation_has_a_row_of_every_format() -> None:
     formats = [USUAL.resolve(json.loads(line)).format for line in documented_rows()]
-    assert {form.name for form in formats if form} == {form.name for form in FORMATS}
+    assert {form.name for form in formats if form} == {form.name for form in FORMATS if form not in GROUNDED}
 
 
 def test_pictures_in_parts_and_beside_them_keep_their_order() -> None:
