@@ -37,7 +37,6 @@ class Pictured:
 
     image: object
     boxes: list[Box] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
     size: Size | None = None
 
 
@@ -97,7 +96,7 @@ def _json(path: Path) -> Content:
 
 
 def _coco(path: Path) -> Iterator[Pictured]:
-    """Reads instances (left, top, width, height in pixels) or captions; a crowd's box is left out."""
+    """Reads instances (left, top, width, height in pixels) ; a crowd's box is left out."""
     content = _json(path)
     pictures: dict[object, Pictured] = {}
     for number, entry in enumerate(content["images"], 1):
@@ -113,9 +112,7 @@ def _coco(path: Path) -> Iterator[Pictured]:
         (key,) = _of(entry, ("image_id",), where)
         if key not in pictures:
             raise UserError(f"{where}: no image has the id {short_repr(key)}")
-        if "caption" in entry:
-            pictures[key].captions.append(str(entry["caption"]).strip())
-        elif not entry.get("iscrowd"):
+        if not entry.get("iscrowd"):
             bbox, kind = _of(entry, ("bbox", "category_id"), where)
             if not names.get(kind):
                 raise UserError(f"{where}: no category has the id {short_repr(kind)}")
@@ -480,7 +477,11 @@ def _in_list(*names: str) -> Callable[[Path, Content], bool]:
 
 
 FORMS = (
-    Form("COCO", lambda path, content: _lists(content, "images", "annotations"), _coco),
+    Form(
+        "COCO",
+        lambda path, content: _lists(content, "images", "annotations") and _keys(content["annotations"], "bbox"),
+        _coco,
+    ),
     Form("Visual Genome's objects", _in_list("image_id", "objects"), _visual_genome),
     Form("Visual Genome's regions", _in_list("regions"), _visual_genome),
     Form("Label Studio's JSON", _in_list("data", "annotations"), _label_studio),
@@ -528,7 +529,6 @@ class AnnotatedPictures(DataFiles):
             for box in picture.boxes:
                 asked.setdefault(box.label if LABEL in self.ask else "", []).append(box)
             answers = [(self.ask.replace(LABEL, label), place_of(boxes)) for label, boxes in asked.items()]
-            answers += [(self.ask, caption) for caption in picture.captions]
             for index, (question, answer) in enumerate(answers, 1):
                 turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
                 yield {"id": f"{number}-{index}", **about, "conversations": turns}
