@@ -247,7 +247,8 @@ def _label_studio(path: Path) -> Iterator[Pictured]:
         held: Any = task.get("data", task)
         results: list[Any] = []
         if "data" in task:
-            done: Any = [each for each in task.get("annotations") or task.get("completions") or [] if _is_kept(each)]
+            listed: Any = task.get("annotations") or task.get("completions") or []
+            done: Any = [each for each in listed if _is_kept(each)]
             results = [
                 _of(each, ("value",), where)[0]
                 for each in (done[-1].get("result") or [] if done else [])
@@ -335,9 +336,10 @@ def _table(path: Path) -> Iterator[Pictured]:
     sizes: list[Size | None] = []
     for line, row in rows:
         where = f"{path}, line {line}"
-        cells = [row.get(column) for column in columns]
+        cells: Any = [row.get(column) for column in columns]
         if len(columns) == 1:
-            cells = parsed(cells[0]) if isinstance(parsed(cells[0]), list) else str(cells[0]).split(",")  # type: ignore[assignment]
+            held = parsed(cells[0])
+            cells = held if isinstance(held, list) else str(cells[0]).split(",")
         boxes.append(_numbers(cells, where))
         if len(boxes[-1]) != 4:
             raise UserError(f"{where}: a box is of four numbers, got {boxes[-1]}")
@@ -394,9 +396,9 @@ def _unit_of(path: Path, boxes: Sequence[Sequence[float]], sizes: Sequence[Size 
 def _form_of(path: Path, boxes: Sequence[Sequence[float]], sizes: Sequence[Size | None], share: float) -> str:
     """Tells by all of a file's numbers whether they are corners or a corner and sides."""
     as_sides = any(x1 <= x0 or y1 <= y0 for x0, y0, x1, y1 in boxes)
-    ends = [(size or (None, None)) if not share else (share, share) for size in sizes]
+    ends = [(share, share) if share else size for size in sizes]
     as_corners = any(
-        end[0] and (box[0] + box[2] > 1.01 * end[0] or box[1] + box[3] > 1.01 * end[1])
+        end is not None and (box[0] + box[2] > 1.01 * end[0] or box[1] + box[3] > 1.01 * end[1])
         for box, end in zip(boxes, ends, strict=True)
     )
     if as_sides == as_corners:
