@@ -596,7 +596,10 @@ def _boxes_in_fractions(
     """Returns an example whose boxes are fractions; raises BadSample: they are pixels of a picture of another size."""
     if check.media is None or not any("_px" in turn.text and PLACE.search(turn.text) for turn in conversation.turns):
         return conversation
-    sizes = [check.media.size(name, conversation.image_bytes.get(name)) or (0, 0) for name in names]
+    known = {name: check.media.size(name, conversation.image_bytes.get(name)) for name in names}
+    if unread := [name for name, size in known.items() if size is None]:
+        raise BadSample(conversation.id, f"its boxes are in pixels of {unread[0]}, which cannot be read")
+    sizes = [size for name in names if (size := known[name]) is not None]
     said = (record.get("width"), record.get("height"))
     if len(sizes) == 1 and all(isinstance(side, int) for side in said) and said != sizes[0]:
         (width, height), (w, h) = said, sizes[0]
